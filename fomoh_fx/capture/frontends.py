@@ -1,0 +1,186 @@
+"""The frontends in the order in which they are tried: non-strict export first, make_fx on fake tensors after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fomoh_fx.capture.program import Call, Input, Output, Program, Root
+from fomoh_fx.errors import CaptureError, FomohError
+from fomoh_fx.passes.provenance import source_line
+from fomoh_fx.rules.registry import COMPOSITES, RULES
+
+aten = torch.ops.aten
+
+
+def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dynamic_shapes: Any = None) -> Program:
+    """The graph of ``model`` (and ``loss``) for one call.
+
+    Args:
+        model: a module or a function.
+        loss: a module or function of (output, *targets) that returns a scalar tensor, or None.
+        call: the arguments.
+        argument_names: a readable name for each tensor leaf of the call.
+        dynamic_shapes: for each tensor leaf what ``torch.export`` takes, or None for static shapes.
+
+    Raises:
+        CaptureError: no frontend could record one graph that holds for every input of this signature.
+    """
+    foreign: list[Tensor] = []
+    for _ in range(3):
+        root = Root(model, loss, call, foreign)
+        program = _first_that_works(root, argument_names, dynamic_shapes)
+        assert root.observed.semantics is not None
+        fresh = [t for t in root.observed.semantics.foreign.values() if not any(t is f for f in foreign)]
+        fresh = [t for t in fresh if not _owned(root, t)]
+        if not fresh:
+            return program
+        foreign += fresh  # capture again with the tensors that a closure holds as inputs: their values may change
+    raise CaptureError("model: makes new tensors with data at every call that it then uses as constants")
+
+
+def _owned(root: Root, tensor: Tensor) -> bool:
+    return any(tensor is t for t in (*root.parameters(), *root.buffers()))
+
+
+def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program:
+    refused: list[str] = []
+    for name, frontend in FRONTENDS.items():
+        try:
+            with _tracing_state():
+                program = frontend(root, names, dynamic_shapes)
+        except FomohError:
+            raise
+        except Exception as error:
+            import os; os.environ.get("DBG") and __import__("traceback").print_exc()
+            refused.append(f"{name}: {_reason(error)}")
+            continue
+        program.refused = refused
+        return program
+    reasons = "\n  ".join(refused)
+    raise CaptureError(f"model: no frontend could capture it as one graph\n  {reasons}")
+
+
+@contextmanager
+def _tracing_state() -> Iterator[None]:
+    """Capture does not depend on the caller's grad mode: what the model itself stops is recorded by the semantics."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(fx.traceback.preserve_node_meta())
+        yield
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a frontend said, and the user's line that it was at."""
+    import traceback
+
+    trace = "".join(traceback.format_tb(error.__traceback__))
+    where = source_line(trace)
+    message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"{type(error).__name__}: {message}" + (f" (at {where})" if where else "")
+
+
+def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program:
+    tensors = tuple(root.call.tensors)
+    shapes = None if dynamic_shapes is None else {"tensors": tuple(dynamic_shapes)}
+    exported = torch.export.export(root, tensors, strict=False, dynamic_shapes=shapes)
+    table = torch.export.default_decompositions()
+    for op in [*RULES, *COMPOSITES, aten.detach.default]:
+        table.pop(op, None)
+    exported = exported.run_decompositions(table)
+    arguments = iter(range(len(tensors)))
+    inputs = []
+    for spec in exported.graph_signature.input_specs:
+        target = spec.target or ""
+        if spec.kind == InputKind.USER_INPUT:
+            index = next(arguments)
+            inputs.append(Input("argument", names[index], index))
+        elif spec.kind == InputKind.PARAMETER:
+            inputs.append(Input("parameter", _model_name(target)))
+        elif spec.kind == InputKind.BUFFER and target.startswith("foreign_"):
+            inputs.append(Input("constant", target, tensor=root.get_buffer(target)))
+        elif spec.kind == InputKind.BUFFER:
+            inputs.append(Input("buffer", _model_name(target)))
+        elif spec.kind == InputKind.CONSTANT_TENSOR:
+            inputs.append(Input("constant", target, tensor=exported.constants[target]))
+        else:
+            raise CaptureError(f"model: an input of kind {spec.kind.name} ({target}) is not supported")
+    outputs, values = [], count()
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind == OutputKind.USER_OUTPUT:
+            outputs.append(Output("value", index=next(values)))
+        elif spec.kind == OutputKind.BUFFER_MUTATION:
+            outputs.append(Output("buffer", _model_name(spec.target or "")))
+        elif spec.kind == OutputKind.USER_INPUT_MUTATION:
+            user_inputs = [s.arg.name for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+            outputs.append(Output("argument", index=user_inputs.index(spec.target)))
+        else:
+            raise CaptureError(f"model: an output of kind {spec.kind.name} ({spec.target}) is not supported")
+    structure = root.observed.structure
+    assert structure is not None
+    return Program(exported.graph_module, inputs, outputs, structure, "torch.export")
+
+
+def _model_name(target: str) -> str:
+    """The model's own name of what the root calls ``model.name``; a loss's keeps its prefix."""
+    return target.removeprefix("model.")
+
+
+def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program:
+    owned = {**dict(root.named_parameters()), **dict(root.named_buffers())}
+    tensors = root.call.tensors
+    if dynamic_shapes is not None:
+        raise CaptureError("dynamic_shapes: torch.export could not capture the model, and only it captures dynamic shapes")
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [fake_mode.from_tensor(t, static_shapes=True) for t in (*owned.values(), *tensors)]
+
+    def functional(*flat: Tensor) -> list[Tensor]:
+        state = dict(zip(owned, flat, strict=False))
+        return torch.func.functional_call(root, state, tuple(flat[len(owned) :]))
+
+    traced = torch.func.functionalize(functional, remove="mutations_and_views")
+    with fake_mode, sdpa_kernel(SDPBackend.MATH):
+        module = make_fx(traced, tracing_mode="real", _allow_non_fake_inputs=True, record_stack_traces=True)(*fakes)
+    inputs = [
+        Input("parameter" if isinstance(owned[n], nn.Parameter) else "buffer", _model_name(n))
+        if not n.startswith("foreign_")
+        else Input("constant", n, tensor=root.get_buffer(n))
+        for n in owned
+    ]
+    inputs += [Input("argument", name, i) for i, name in enumerate(names)]
+    assert root.observed.structure is not None
+    outputs = _mutations_as_outputs(module, inputs)
+    return Program(module, inputs, outputs, root.observed.structure, "make_fx")
+
+
+def _mutations_as_outputs(module: fx.GraphModule, inputs: list[Input]) -> list[Output]:
+    """Turn the final copies into inputs that functionalization leaves into outputs."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    (results,) = module.graph.output_node().args
+    new: list[Any] = []
+    outputs: list[Output] = []
+    for node in module.graph.find_nodes(op="call_function", target=aten.copy_.default):
+        what = inputs[placeholders.index(node.args[0])]
+        new.append(node.args[1])
+        outputs.append(Output("buffer", what.name) if what.kind == "buffer" else Output("argument", index=what.index))
+        module.graph.erase_node(node)
+    values = list(results) if isinstance(results, (list, tuple)) else [results]
+    module.graph.output_node().args = ((*new, *values),)
+    module.recompile()
+    return outputs + [Output("value", index=i) for i in range(len(values))]
+
+
+FRONTENDS: dict[str, Callable[[Root, Sequence[str], Any], Program]] = {
+    "torch.export": _from_export,
+    "make_fx": _from_make_fx,
+}

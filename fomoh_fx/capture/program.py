@@ -1,0 +1,149 @@
+"""What capture produces: the graph, and what each of its inputs and outputs is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fomoh_fx.capture.semantics import ReverseModeSemantics
+from fomoh_fx.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the graph.
+
+    ``name`` is the model's own name of a parameter or buffer (``loss.`` before those of a loss that is a module), or
+    the argument's readable name; ``index`` numbers the tensor leaves of the call; ``tensor`` is a captured constant.
+    """
+
+    kind: Literal["parameter", "buffer", "argument", "constant"]
+    name: str
+    index: int = -1
+    tensor: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of the graph: a leaf of the result, or the new value of a buffer or of an argument."""
+
+    kind: Literal["value", "buffer", "argument"]
+    name: str = ""
+    index: int = -1
+
+
+@dataclass
+class Call:
+    """The arguments of one call, with the tensors taken out: what is not a tensor is part of the signature."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        leaves, self.spec = pytree.tree_flatten((self.args, self.kwargs, self.targets))
+        self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        self.tensors: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.others = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+
+    def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
+        """The arguments with other tensors in place of the call's own."""
+        mine, others = iter(tensors), iter(self.others)
+        leaves = [next(mine) if is_tensor else next(others) for is_tensor in self.is_tensor]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+@dataclass
+class Structure:
+    """The pytree of the result: which leaves are tensors, and the other leaves."""
+
+    spec: pytree.TreeSpec
+    leaves: list[Any]  # an int for the number of a tensor output, or _Constant
+
+    def rebuild(self, tensors: Sequence[Any], other: Callable[[Any], Any] = lambda value: value) -> Any:
+        """The result with the given tensor leaves; ``other`` maps the leaves that are not tensors."""
+        filled = [other(leaf.value) if isinstance(leaf, _Constant) else tensors[leaf] for leaf in self.leaves]
+        return pytree.tree_unflatten(filled, self.spec)
+
+
+@dataclass(frozen=True)
+class _Constant:
+    value: Any
+
+
+@dataclass
+class Observed:
+    """What one run of the model under a frontend showed (kept apart: export restores a module's own attributes)."""
+
+    structure: Structure | None = None
+    semantics: ReverseModeSemantics | None = None
+
+
+class Root(nn.Module):
+    """The model and the loss as one module of tensors: what the frontends trace."""
+
+    def __init__(self, model: Any, loss: Any, call: Call, foreign: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+        self.call, self.observed = call, Observed()
+        self.foreign = list(foreign)
+        for i, tensor in enumerate(foreign):
+            self.register_buffer(f"foreign_{i}", tensor)
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        args, kwargs, targets = self.call.rebuild(tensors)
+        known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
+        self.observed.semantics = ReverseModeSemantics(known)
+        with self.observed.semantics:
+            output = self.model(*args, **kwargs)
+            value = output if self.loss is None else self.loss(output, *targets)
+        if self.loss is not None:
+            _check_loss(value)
+        result = output if self.loss is None else (value, output)
+        leaves, spec = pytree.tree_flatten(result)
+        found: list[Tensor] = []
+        places: list[Any] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                places.append(len(found))
+                found.append(leaf)
+            else:
+                places.append(_Constant(leaf))
+        self.observed.structure = Structure(spec, places)
+        if not any(t.is_floating_point() or t.is_complex() for t in found):
+            raise ArgumentError(f"model: returns no floating-point tensor, so it has no derivative (it returned {result!r})")
+        return found
+
+
+def _check_loss(value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise ArgumentError(f"loss: must return a scalar tensor, got {type(value).__name__}")
+    if value.dim() != 0:
+        raise ArgumentError(f"loss: must return a scalar tensor, got shape {tuple(value.shape)}; reduce it, e.g. by mean()")
+    if not value.is_floating_point():
+        raise ArgumentError(f"loss: must return a real floating-point tensor, got {value.dtype}")
+
+
+@dataclass
+class Program:
+    """A captured model: a functional ATen graph and what its inputs and outputs are."""
+
+    module: fx.GraphModule
+    inputs: list[Input]
+    outputs: list[Output]
+    structure: Structure
+    frontend: str
+    refused: list[str] = field(default_factory=list)
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return self.module.graph.find_nodes(op="placeholder")
+
+    @property
+    def results(self) -> tuple[fx.Node, ...]:
+        """The nodes that are returned, in the order of ``outputs``."""
+        return self.module.graph.output_node().args[0]  # type: ignore[return-value]

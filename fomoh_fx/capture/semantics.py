@@ -1,0 +1,166 @@
+"""What plain tracing loses, and reverse mode keeps: detach, no_grad, custom autograd Functions, captured tensors.
+
+Tracing records values, and a value does not say that its derivative was stopped or replaced. This mode is active
+while the model runs under a frontend and records those facts as operators of their own, which have rules:
+
+- ``fomoh_fx::stop_gradient(x)`` is x with derivative zero: ``detach``, ``.data``, and every result under ``no_grad``.
+- ``fomoh_fx::with_value(x, value)`` has the derivative of x and another value: x changed in place under ``no_grad``.
+- ``fomoh_fx::custom_function(inputs, call)`` is one call of a ``torch.autograd.Function``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+library = torch.library.Library("fomoh_fx", "DEF")
+library.define("stop_gradient(Tensor x) -> Tensor")
+library.define("with_value(Tensor x, Tensor value) -> Tensor")
+library.define("custom_function(Tensor[] inputs, int call) -> Tensor[]")
+library.impl("stop_gradient", lambda x: x.clone(), "CompositeExplicitAutograd")
+library.impl("with_value", lambda x, value: value.clone(), "CompositeExplicitAutograd")
+
+ops = torch.ops.fomoh_fx
+
+
+@dataclass
+class FunctionCall:
+    """One call of a custom Function: the class, and its arguments with the tensors taken out."""
+
+    function: type[torch.autograd.Function]
+    leaves: tuple[Any, ...]  # None where a tensor stands
+    is_tensor: tuple[bool, ...]
+    spec: pytree.TreeSpec
+    returns_tensor: bool = False  # one tensor, not a tuple; known once it has run
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Apply the Function, with its own backward, to other tensors."""
+        mine = iter(tensors)
+        filled = [next(mine) if t else leaf for t, leaf in zip(self.is_tensor, self.leaves, strict=True)]
+        out = _original_apply.__get__(None, self.function)(*pytree.tree_unflatten(filled, self.spec))
+        self.returns_tensor = isinstance(out, Tensor)
+        return [out] if self.returns_tensor else list(out)
+
+
+CALLS: dict[int, FunctionCall] = {}
+_numbers = count()
+_original_apply = torch.autograd.Function.__dict__["apply"]
+
+
+def _run_custom_function(inputs: list[Tensor], call: int) -> list[Tensor]:
+    with torch.no_grad():
+        return [out.clone() for out in CALLS[call](inputs)]
+
+
+library.impl("custom_function", _run_custom_function, "CompositeExplicitAutograd")
+
+
+def _record_function(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+    if function is torch.utils.checkpoint.CheckpointFunction:  # recomputation changes memory, not derivatives
+        run, _preserve_random_state, *inputs = args
+        return run(*inputs)
+    leaves, spec = pytree.tree_flatten(args)
+    is_tensor = tuple(isinstance(leaf, Tensor) for leaf in leaves)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    others = tuple(None if t else leaf for t, leaf in zip(is_tensor, leaves, strict=True))
+    number = next(_numbers)
+    call = CALLS[number] = FunctionCall(function, others, is_tensor, spec)
+    out = ops.custom_function.default(tensors, number)
+    return out[0] if call.returns_tensor else tuple(out)
+
+
+@contextmanager
+def _functions_recorded() -> Iterator[None]:
+    torch.autograd.Function.apply = classmethod(_record_function)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = _original_apply  # type: ignore[method-assign]
+
+
+_STOPS = {torch.Tensor.detach, torch.detach}
+_GRAD_MODE = {torch._C._set_grad_enabled}
+_PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+
+
+def _is_real(tensor: Tensor) -> bool:
+    """A tensor with data of its own that is met while the frontend runs the model on fake ones."""
+    return type(tensor) in _PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _mutates(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__")) or (
+        name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__invert__")
+    )
+
+
+class ReverseModeSemantics(TorchFunctionMode):
+    """Active while the model runs under a frontend; see the module's text.
+
+    Attributes:
+        foreign: tensors that the model uses without owning them (captured by a closure, a plain attribute).
+    """
+
+    def __init__(self, known: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.known = known
+        self.foreign: dict[int, Tensor] = {}
+        self._patch = _functions_recorded()
+
+    def __enter__(self) -> ReverseModeSemantics:
+        self._patch.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self._patch.__exit__(*exc)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _GRAD_MODE:
+            with torch._C.DisableTorchFunction():
+                return func(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(Tensor, self._own, (args, kwargs))
+        if func in _STOPS or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return ops.stop_gradient.default(args[0])
+        if func is torch.Tensor.detach_:
+            return args[0].copy_(ops.stop_gradient.default(args[0]))
+        if torch.is_grad_enabled() or not _computes(func):
+            return func(*args, **kwargs)
+        if _mutates(func) and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            return self._mutate_value(func, args, kwargs)
+        return pytree.tree_map_only(Tensor, _stopped, func(*args, **kwargs))
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        if id(tensor) in self.known:
+            return self.known[id(tensor)]
+        if _is_real(tensor):
+            self.foreign[id(tensor)] = tensor
+        return tensor
+
+    @staticmethod
+    def _mutate_value(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """In place under no_grad: autograd goes on with the old derivative and the new value."""
+        target = args[0]
+        before = target.clone()
+        out = func(*args, **kwargs)
+        target.copy_(ops.with_value.default(before, target))
+        return target if isinstance(out, Tensor) else out
+
+
+def _computes(func: Any) -> bool:
+    """Whether the function computes tensors: not a property, not a query."""
+    return getattr(func, "__name__", "") not in ("__get__", "size", "dim", "stride", "numel", "is_floating_point")
+
+
+def _stopped(tensor: Tensor) -> Tensor:
+    return ops.stop_gradient.default(tensor) if tensor.is_floating_point() or tensor.is_complex() else tensor

@@ -1,0 +1,210 @@
+"""Rules for operators without one: the first derivative from PyTorch, the second by differentiating its graph.
+
+T(x, v) = phi'(x)[v] is traced to a graph, from PyTorch's forward-mode formula or, where there is none, by transposing
+the reverse-mode one: T(x, v) = d/dg <v, phi'(x)^T g>. Its expansion by our own rules gives
+phi''(x)[x_i, x_j] = d/dx T(x, x_i)[x_j]. PyTorch's nested forward mode is never used: it is silently wrong for several
+operators. A custom autograd Function is served the same way, by its own backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fomoh_fx.capture.semantics import CALLS
+from fomoh_fx.errors import UnsupportedOpError
+from fomoh_fx.hyperdual import Components, HyperDual
+from fomoh_fx.passes.activity import analyse
+from fomoh_fx.passes.expand import Expander, Scope
+from fomoh_fx.passes.normalize import inputs_of, normalize
+from fomoh_fx.passes.retrace import retrace
+from fomoh_fx.rules.linear import joined
+from fomoh_fx.rules.registry import DEFAULT, Operator, Rule
+
+Function = Callable[..., Any]
+
+
+def from_jvp(push: Callable[..., Any], kind: str = "jvp") -> Rule:
+    """The rule of an operator whose first derivative is given as a function.
+
+    Args:
+        push: ``push(op, active, tangents, *args, **kwargs)`` returns phi'(x)[v] in the structure of the output, written
+            in differentiable torch functions of the primals; ``active`` numbers the tensor leaves of ``args`` and
+            ``kwargs`` that have a component and ``tangents`` are theirs. The second derivative is derived from it.
+    """
+
+    def rule(op: Callable[..., Any], components: Components, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, HyperDual))
+        plain = [leaf.primal if isinstance(leaf, HyperDual) else leaf for leaf in leaves]
+        active = [i for i, leaf in enumerate(leaves) if isinstance(leaf, HyperDual)]
+        values, options = pytree.tree_unflatten(plain, spec)
+        y = op(*values, **options)
+
+        def first(xs: Sequence[Tensor], vs: Sequence[Tensor], which: Sequence[int]) -> list[Tensor]:
+            at = dict(zip(active, xs, strict=True))
+            args, kwargs = pytree.tree_unflatten([at.get(i, p) for i, p in enumerate(plain)], spec)
+            return pytree.tree_leaves(push(op, which, vs, *args, **kwargs))
+
+        derivative = _Derivative(first, active, [plain[i] for i in active])
+        duals = [leaves[i] for i in active]
+        tangent = derivative.first([d.tangent for d in duals])
+        cross = None
+        if components.second_order is not None:
+            cross = derivative.first([d.cross for d in duals])
+            second = derivative.second([d.tangent for d in duals], components)
+            cross = _sum(cross, second)
+        return joined(y, tangent, cross)
+
+    rule.kind = kind  # type: ignore[attr-defined]
+    return rule
+
+
+def _sum(a: list[Tensor] | None, b: list[Tensor] | None) -> list[Tensor] | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+class _Derivative:
+    """T(x, v) as a graph, applied to stacks, and differentiated in x."""
+
+    def __init__(self, push: Callable[..., list[Tensor]], active: Sequence[int], xs: Sequence[Tensor]) -> None:
+        self.push, self.active, self.xs = push, active, xs
+
+    def graph(self, which: Sequence[int]) -> fx.GraphModule:
+        """T as a normalised graph of (all active primals, the tangents of ``which``)."""
+        chosen = [self.active[i] for i in which]
+
+        def flat(*inputs: Tensor) -> list[Tensor]:
+            return self.push(inputs[: len(self.xs)], inputs[len(self.xs) :], chosen)
+
+        module = retrace(flat, [*_fresh(self.xs), *_fresh([self.xs[i] for i in which])])
+        seeds = inputs_of(module)[: len(self.xs)]
+        active = analyse(module.graph, seeds, module.graph.output_node().args[0]).active
+        return normalize(module, active)
+
+    def first(self, parts: Sequence[Tensor | None]) -> list[Tensor] | None:
+        """T(x, v_i) for stacks of v; None where no argument has the component."""
+        which = [i for i, part in enumerate(parts) if part is not None]
+        if not which:
+            return None
+        module = self.graph(which)
+        run = fx.Interpreter(module).run
+        return torch.vmap(lambda *vs: tuple(run(*self.xs, *vs)))(*[parts[i] for i in which])
+
+    def second(self, parts: Sequence[Tensor | None], components: Components) -> list[Tensor] | None:
+        """sum_ij S_c,ij d/dx T(x, x_i)[x_j]."""
+        which = [i for i, part in enumerate(parts) if part is not None]
+        if not which:
+            return None
+        stacks = [parts[i] for i in which]
+        module = self.graph(which)
+        placeholders, results = inputs_of(module), module.graph.output_node().args[0]
+        seeds = [placeholders[i] for i in which]
+        scope = Scope(analyse(module.graph, seeds, results).active)
+        found: list[bool] = []
+
+        def along(*pair: Tensor) -> tuple[Tensor, ...]:
+            vs, us = pair[: len(which)], dict(zip(which, pair[len(which) :], strict=True))
+            inputs = [HyperDual(x, us[i].unsqueeze(0)) if i in us else x for i, x in enumerate(self.xs)]
+            out = Expander(module, Components(1, None), scope, label=False).run(*inputs, *vs)
+            found[:] = [isinstance(o, HyperDual) for o in out]
+            return tuple(o.tangent.squeeze(0) if isinstance(o, HyperDual) else torch.zeros_like(o) for o in out)
+
+        left, right = stacks, stacks
+        if components.spans_pairs:
+            rows, columns = components.indices(self.xs[0].device)
+            left, right = ([s.index_select(0, i) for s in stacks] for i in (rows, columns))
+        values = torch.vmap(along)(*left, *right)
+        if not any(found):
+            return None
+        return list(values) if components.spans_pairs else [components.reduce(v) for v in values]
+
+
+def _fresh(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """New fake (or real) tensors of the same kind, unknown to the trace under way."""
+    return [torch.empty_like(t) for t in tensors]
+
+
+def forward_mode(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+    """T by PyTorch's forward-mode formula of the operator."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    at = dict(zip(which, tangents, strict=True))
+
+    def function(*xs: Tensor) -> Any:
+        moved = dict(zip(which, xs, strict=True))
+        args, kwargs = pytree.tree_unflatten([moved.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
+        return [o for o in pytree.tree_leaves(op(*args, **kwargs)) if _is_differentiable(o)]
+
+    primals_ = tuple(leaves[i] for i in which)
+    return torch.func.jvp(function, primals_, tuple(at[i] for i in which))[1]
+
+
+def transposed(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+    """T by transposing PyTorch's reverse-mode formula: T(x, v) = d/dg <v, phi'(x)^T g>."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    with torch.enable_grad():
+        xs = [leaves[i].detach().requires_grad_() for i in which]
+        moved = dict(zip(which, xs, strict=True))
+        args, kwargs = pytree.tree_unflatten([moved.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
+        outputs = [o for o in pytree.tree_leaves(op(*args, **kwargs)) if _is_differentiable(o)]
+        gs = [torch.zeros_like(o).requires_grad_() for o in outputs]
+        pulled = torch.autograd.grad(outputs, xs, gs, create_graph=True)
+        return torch.autograd.grad(pulled, gs, list(tangents))
+
+
+def _is_differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+
+
+def synthesize(op: Operator) -> Rule:
+    """A rule for an operator without one, from PyTorch's forward-mode formula or else from its reverse-mode one.
+
+    Raises:
+        UnsupportedOpError: when called, if PyTorch has neither, or the operator is not differentiable at all.
+    """
+
+    def push(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        _refuse_if_not_differentiable(op, which, args, kwargs)
+        reasons = []
+        for derive in (forward_mode, transposed):
+            try:
+                return derive(op, which, tangents, *args, **kwargs)
+            except Exception as error:  # each frontier of PyTorch's own coverage raises its own kind
+                reasons.append(f"{derive.__name__}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        raise UnsupportedOpError("no rule, and PyTorch has no derivative to make one from (" + "; ".join(reasons) + ")")
+
+    return from_jvp(push, kind="synthesised")
+
+
+def _refuse_if_not_differentiable(op: Any, which: Sequence[int], args: Any, kwargs: Any) -> None:
+    """An operator whose output autograd does not connect to its input would get a silent zero."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    with torch.enable_grad():
+        for i in which:
+            leaves[i] = leaves[i].detach().requires_grad_()
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        outputs = [o for o in pytree.tree_leaves(op(*args, **kwargs)) if _is_differentiable(o)]
+    if not any(o.requires_grad for o in outputs):
+        raise UnsupportedOpError("no rule, and PyTorch has no derivative of it")
+
+
+def custom_function(op: Any, which: Sequence[int], tangents: Sequence[Tensor], inputs: Any, call: int) -> Any:
+    """T of a custom autograd Function: its backward, transposed."""
+    try:
+        return transposed(op, which, tangents, inputs, call)
+    except RuntimeError as error:
+        name = CALLS[call].function.__name__
+        raise UnsupportedOpError(
+            f"the backward of the custom autograd Function {name} cannot be transposed ({str(error).splitlines()[0]}); "
+            "write it in differentiable torch functions"
+        ) from error
+
+
+DEFAULT.append(synthesize)

@@ -1,0 +1,90 @@
+"""The table of rules: which operator is served by what.
+
+A rule is called as ``rule(op, components, *args, **kwargs)`` with a HyperDual wherever an argument has a tangent or
+a cross component, and returns a HyperDual (a tuple of them for several outputs; plain tensors are constants). It is
+written in torch functions on stacked components, so the same rule runs eagerly in a test and re-traced in a graph.
+A composite is not a rule but a body in terms of other operators, inlined when the graph is normalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+from fomoh_fx.errors import ArgumentError
+
+Operator = OpOverload | HigherOrderOperator
+Rule = Callable[..., Any]
+
+RULES: dict[Operator, Rule] = {}
+COMPOSITES: dict[Operator, Callable[..., Any]] = {}
+KINDS: dict[Operator, str] = {}
+DEFAULT: list[Callable[[Operator], Rule]] = []  # one maker of rules for operators without: rules/fallback.py
+
+
+class Composite:
+    """A body in terms of operators that have rules: ``Composite(body)`` takes the operator's own arguments."""
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        self.body = body
+
+
+def overloads(ops: Any) -> list[Operator]:
+    """Every overload that computes a new value (no ``out=`` variant) of an operator, a packet or several of them."""
+    if isinstance(ops, OpOverloadPacket):
+        found = [getattr(ops, name) for name in ops.overloads()]
+        return [op for op in found if not op._schema.is_mutable and "Dimname" not in str(op._schema)]
+    if isinstance(ops, (OpOverload, HigherOrderOperator)):
+        return [ops]
+    if isinstance(ops, Iterable):
+        return [overload for op in ops for overload in overloads(op)]
+    raise ArgumentError(f"op: expected an operator such as torch.ops.aten.tanh.default, got {ops!r}")
+
+
+def register(ops: Any, rule: Rule | Composite, kind: str | None = None) -> None:
+    """Serve the operators (overloads, whole packets, or an iterable of them) by the rule."""
+    for op in overloads(ops):
+        RULES.pop(op, None)
+        COMPOSITES.pop(op, None)
+        if isinstance(rule, Composite):
+            COMPOSITES[op] = rule.body
+            KINDS[op] = "composite"
+        else:
+            RULES[op] = rule
+            KINDS[op] = kind or getattr(rule, "kind", "own rule")
+
+
+def rule_for(op: Operator) -> Rule:
+    """The operator's own rule, or a synthesised one."""
+    return RULES[op] if op in RULES else DEFAULT[0](op)
+
+
+def register_rule(op: Any, rule: Rule | Composite) -> None:
+    """Teach fomoh_fx an operator, built in or from ``torch.library``.
+
+    Args:
+        op: an overload such as ``torch.ops.mylib.swish.default``, or a packet for all of its overloads.
+        rule: from ``fomoh_fx.rules``: ``elementwise("x*sigmoid(x)")``, ``linear()``, ``bilinear(0, 1)``,
+            ``selection(...)``, ``constant()``, ``jvp(function)``, ``Composite(body)``; or any callable
+            ``rule(op, components, *args, **kwargs)`` as described in :mod:`fomoh_fx.rules.registry`.
+
+    Raises:
+        ArgumentError: ``op`` is no operator, or ``rule`` is not callable.
+    """
+    if not callable(rule) and not isinstance(rule, Composite):
+        raise ArgumentError(f"rule: expected a rule or a Composite, got {rule!r}")
+    register(op, rule)
+
+
+def supported_ops() -> dict[str, str]:
+    """Every operator with a rule of its own, by name, and the kind of that rule, sorted.
+
+    Operators that are not listed are decomposed by PyTorch or served by a synthesised rule where that is exact.
+    """
+    return {name: kind for name, kind in sorted((_name(op), kind) for op, kind in KINDS.items())}
+
+
+def _name(op: Operator) -> str:
+    return op.name() if isinstance(op, (OpOverload, HigherOrderOperator)) else str(op)

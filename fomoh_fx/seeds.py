@@ -1,0 +1,187 @@
+"""Seeds: the tangents that a caller gives, checked and matched with what they belong to."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fomoh_fx.capture import Call, Input, Program
+from fomoh_fx.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Stacks of tangents ``[K, *shape]`` and what each belongs to: a parameter's name, or the number of a tensor leaf."""
+
+    owners: tuple[str | int, ...]
+    stacks: tuple[Tensor, ...]
+    directions: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The part of the signature that the tangents decide."""
+        return self.owners, self.directions
+
+    def positions(self, program: Program) -> list[int]:
+        """The positions of the seeded inputs of a program."""
+        return [_position(program.inputs, owner) for owner in self.owners]
+
+
+def _position(inputs: Sequence[Input], owner: str | int) -> int:
+    for i, what in enumerate(inputs):
+        if what.index == owner if what.kind == "argument" else what.kind == "parameter" and what.name == owner:
+            return i
+    raise KeyError(owner)
+
+
+def selected_parameters(module: nn.Module, wrt: str | Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters that ``wrt`` selects, by their first names.
+
+    Raises:
+        ArgumentError: a pattern matches nothing, or there is no parameter at all.
+    """
+    names = dict(module.named_parameters(remove_duplicate=False))
+    if not names:
+        raise ArgumentError('wrt: the model has no parameters; for a function use wrt="inputs"')
+    patterns = ["*"] if wrt == "parameters" else [wrt] if isinstance(wrt, str) else list(wrt)
+    chosen: dict[int, str] = {}
+    for pattern in patterns:
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ArgumentError(f"wrt: no parameter matches {pattern!r}; there are {_listing(names)}")
+        chosen.update((id(names[name]), name) for name in matched)
+    first = {name: p for name, p in module.named_parameters()}
+    return {name: p for name, p in first.items() if id(p) in chosen}
+
+
+def _listing(names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f", .. ({len(names)} in all)" if len(names) > most else "")
+
+
+def parameter_seeds(module: nn.Module, wrt: str | Sequence[str], tangents: Any) -> Seeds:
+    """The tangents of parameters, from a mapping name -> ``[K, *shape]``."""
+    if not isinstance(tangents, Mapping):
+        raise ArgumentError(f"tangents: expected a mapping from parameter names, got {type(tangents).__name__}")
+    everything = dict(module.named_parameters(remove_duplicate=False))
+    allowed = selected_parameters(module, wrt)
+    first = {id(p): name for name, p in module.named_parameters()}
+    found: dict[str, Tensor] = {}
+    given_as: dict[str, str] = {}
+    for name, tangent in tangents.items():
+        if name not in everything:
+            raise ArgumentError(f"tangents: the model has no parameter {name!r}; there are {_listing(everything)}")
+        key = first[id(everything[name])]
+        if key in found:
+            raise ArgumentError(f"tangents: {name!r} and {given_as[key]!r} are one tied parameter; give one of them")
+        if key not in allowed:
+            raise ArgumentError(f"tangents: parameter {name!r} is outside wrt={wrt!r}")
+        if tangent is None:
+            continue
+        _check(f"of parameter {name!r}", tangent, everything[name])
+        found[key], given_as[key] = tangent, name
+    ordered = [name for name in first.values() if name in found]
+    return _seeds(ordered, [found[name] for name in ordered], [f"parameter {given_as[n]!r}" for n in ordered])
+
+
+def input_seeds(model: Any, call: Call, tangents: Any) -> Seeds:
+    """The tangents of inputs, in the structure of the arguments, or by the names of ``forward``'s arguments."""
+    arguments = _by_argument(model, call, tangents)
+    owners: list[int] = []
+    stacks: list[Tensor] = []
+    labels: list[str] = []
+    number = 0
+    for label, value, tangent in arguments:
+        leaves, spec = pytree.tree_flatten(value)
+        if tangent is None:
+            parts: list[Any] = [None] * len(leaves)
+        else:
+            parts, tangent_spec = pytree.tree_flatten(tangent)
+            if tangent_spec != spec:
+                raise ArgumentError(
+                    f"tangents: for {label} they must have the argument's own structure {spec}, got {tangent_spec}"
+                )
+        for leaf, part in zip(leaves, parts, strict=True):
+            if not isinstance(leaf, Tensor):
+                if part is not None:
+                    raise ArgumentError(f"tangents: for {label} there is one for {leaf!r}, which is not a tensor")
+                continue
+            if part is not None:
+                _check(f"of {label}", part, leaf)
+                owners.append(number)
+                stacks.append(part)
+                labels.append(label)
+            number += 1
+    return _seeds(owners, stacks, labels)
+
+
+def _by_argument(model: Any, call: Call, tangents: Any) -> list[tuple[str, Any, Any]]:
+    """(label, argument, tangent) for each argument of the call, positional ones first."""
+    function = model.forward if isinstance(model, nn.Module) else model
+    names = _positional_names(function, len(call.args))
+    positional = [(name, value) for name, value in zip(names, call.args, strict=True)]
+    if isinstance(tangents, Mapping):
+        given = dict(tangents)
+        rows = [(f"argument {n!r}", v, given.pop(n, None)) for n, v in (*positional, *call.kwargs.items())]
+        if given:
+            known = _listing([n for n, _ in positional] + list(call.kwargs))
+            raise ArgumentError(f"tangents: the call has no argument {next(iter(given))!r}; there are {known}")
+        return rows
+    if not isinstance(tangents, Sequence):
+        raise ArgumentError(
+            f"tangents: expected a sequence with one entry for each argument, or a mapping, got {type(tangents).__name__}"
+        )
+    if len(tangents) != len(positional):
+        raise ArgumentError(f"tangents: {len(tangents)} entries for {len(positional)} positional arguments")
+    rows = [(f"argument {n!r}", v, t) for (n, v), t in zip(positional, tangents, strict=True)]
+    return rows + [(f"argument {n!r}", v, None) for n, v in call.kwargs.items()]
+
+
+def _positional_names(function: Any, count: int) -> list[str]:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in parameters if p.kind in kinds][:count]
+    return names + [f"argument_{i}" for i in range(len(names), count)]
+
+
+def _check(label: str, tangent: Any, primal: Tensor) -> None:
+    if not isinstance(tangent, Tensor):
+        raise ArgumentError(f"tangents: the tangent {label} must be a tensor, got {type(tangent).__name__}")
+    if not (primal.is_floating_point() or primal.is_complex()):
+        raise ArgumentError(f"tangents: {label[3:]} has dtype {primal.dtype}, which has no derivative")
+    if tangent.dim() != primal.dim() + 1 or tangent.shape[1:] != primal.shape:
+        raise ArgumentError(
+            f"tangents: the tangent {label} must have shape [K, {', '.join(map(str, primal.shape))}], "
+            f"got {list(tangent.shape)}"
+        )
+    if tangent.shape[0] == 0:
+        raise ArgumentError(f"tangents: the tangent {label} has no direction (K = 0)")
+    if tangent.dtype != primal.dtype:
+        raise ArgumentError(f"tangents: the tangent {label} must have dtype {primal.dtype}, got {tangent.dtype}")
+    if tangent.device != primal.device:
+        raise ArgumentError(f"tangents: the tangent {label} must be on {primal.device}, got {tangent.device}")
+
+
+def _seeds(owners: Sequence[str | int], stacks: Sequence[Tensor], labels: Sequence[str]) -> Seeds:
+    if not stacks:
+        raise ArgumentError("tangents: none is given, so there is no direction")
+    directions = stacks[0].shape[0]
+    for label, stack in zip(labels, stacks, strict=True):
+        if stack.shape[0] != directions:
+            raise ArgumentError(
+                f"tangents: K differs: {labels[0]} has {directions} directions, {label} has {stack.shape[0]}"
+            )
+    return Seeds(tuple(owners), tuple(stacks), directions)
+
+
+_ = torch

@@ -1,0 +1,237 @@
+"""transform(): a model becomes a module that returns hyper-dual values, specialised once for each signature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fomoh_fx import lower
+from fomoh_fx.capture import Call, capture
+from fomoh_fx.errors import ArgumentError
+from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
+from fomoh_fx.passes import pipeline
+from fomoh_fx.seeds import Seeds, parameter_seeds, input_seeds, selected_parameters
+from fomoh_fx.specialization import Specialization, owners_of
+
+Curvature = Literal["hessian", "ggn"]
+
+
+def transform(
+    model: nn.Module | Callable[..., Any],
+    loss: Callable[..., Tensor] | None = None,
+    *,
+    wrt: str | Iterable[str] = "parameters",
+    second_order: SecondOrder = "plane",
+    curvature: Curvature = "hessian",
+) -> HyperDualModule:
+    """Compile a model into its hyper-dual expansion.
+
+    Args:
+        model: an ``nn.Module`` or a function of tensors. It is not changed, and its parameters are shared.
+        loss: ``loss(output, *targets)`` returns a scalar tensor; the result is then the loss's derivatives.
+        wrt: ``"parameters"``, ``"inputs"``, one fnmatch pattern of parameter names, or an iterable of names and
+            patterns: what tangents may be given for.
+        second_order: ``"plane"`` for v_i^T H v_j of all pairs i <= j, ``"diagonal"`` for v_i^T H v_i, ``"trace"``
+            for sum_i v_i^T H v_i in one component, None for first order only.
+        curvature: ``"hessian"`` is exact; ``"ggn"`` is the generalised Gauss-Newton form
+            H_ij = z_i^T (d^2 loss / dz^2) z_j in the model's output z, and needs ``loss``.
+
+    Returns:
+        A :class:`HyperDualModule`: ``hd(*args, tangents=V, targets=(y,), **kwargs)`` returns a :class:`HyperDual`.
+
+    Raises:
+        ArgumentError: an argument does not fit; the message begins with its name.
+    """
+    return HyperDualModule(model, loss, wrt=wrt, second_order=second_order, curvature=curvature)
+
+
+class HyperDualModule(nn.Module):
+    """A model's hyper-dual expansion; parameters, buffers and ``state_dict`` are the model's own, under its names."""
+
+    model: Any
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[..., Any],
+        loss: Callable[..., Tensor] | None = None,
+        *,
+        wrt: str | Iterable[str] = "parameters",
+        second_order: SecondOrder = "plane",
+        curvature: Curvature = "hessian",
+    ) -> None:
+        super().__init__()
+        if not callable(model):
+            raise ArgumentError(f"model: expected a module or a function, got {type(model).__name__}")
+        if isinstance(model, HyperDualModule):
+            raise ArgumentError("model: is already transformed")
+        if loss is not None and not callable(loss):
+            raise ArgumentError(f"loss: expected a function of (output, *targets), got {type(loss).__name__}")
+        if second_order not in SECOND_ORDERS:
+            raise ArgumentError(f"second_order: expected one of {SECOND_ORDERS}, got {second_order!r}")
+        if curvature not in ("hessian", "ggn"):
+            raise ArgumentError(f"curvature: expected 'hessian' or 'ggn', got {curvature!r}")
+        if curvature == "ggn" and loss is None:
+            raise ArgumentError("curvature: 'ggn' needs loss=, the boundary between model and loss")
+        if isinstance(model, nn.Module):  # share the model's own tables, so that names have no prefix
+            self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self.__dict__.update(model=model, loss=loss)
+        self.second_order, self.curvature = second_order, curvature
+        self.wrt = wrt if isinstance(wrt, str) else tuple(wrt)
+        self.lowering: Callable[[fx.GraphModule], Callable[..., Any]] = lower.eager
+        self._specializations: dict[Any, Specialization] = {}
+        self._latest: Specialization | None = None
+        if self.wrt != "inputs":
+            selected_parameters(self.module, self.wrt)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as a module; an empty one for a function."""
+        return self.model if isinstance(self.model, nn.Module) else nn.Module()
+
+    def forward(
+        self, *args: Any, tangents: Any = None, targets: Sequence[Any] | None = None, **kwargs: Any
+    ) -> HyperDual:
+        """The value with its first and second directional derivatives.
+
+        Args:
+            args, kwargs: the model's own arguments.
+            tangents: for parameters a mapping name -> ``[K, *shape]``; a name left out is inactive. For inputs a
+                sequence with each argument's own structure, or a mapping from the argument names of ``forward``,
+                with ``[K, *shape]`` leaves and None where inactive.
+            targets: what the loss takes after the model's output; without a loss an ordinary keyword of the model.
+
+        Raises:
+            ArgumentError: a tangent has the wrong shape, dtype or device, an unknown name, another K, or lies
+                outside ``wrt``; the message begins with ``tangents``.
+            CaptureError, UnsupportedOpError: the model cannot be captured, or has an operator without exact rule.
+        """
+        call, seeds = self._bind(args, kwargs, tangents, targets)
+        specialization = self._specialize(call, seeds)
+        with torch.no_grad():
+            return specialization(call, seeds.stacks)
+
+    def trace(
+        self, *args: Any, tangents: Any = None, targets: Sequence[Any] | None = None, **kwargs: Any
+    ) -> Specialization:
+        """Specialise without running, and return the specialisation."""
+        call, seeds = self._bind(args, kwargs, tangents, targets)
+        return self._specialize(call, seeds)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], tangents: Any, targets: Any) -> tuple[Call, Seeds]:
+        if self.loss is None and targets is not None:
+            kwargs = {**kwargs, "targets": targets}
+            targets = None
+        if targets is not None and not isinstance(targets, (tuple, list)):
+            raise ArgumentError(f"targets: expected a tuple of the loss's arguments, got {type(targets).__name__}")
+        call = Call(args, kwargs, tuple(targets or ()))
+        if tangents is None:
+            raise ArgumentError("tangents: missing; give the directions, e.g. {name: torch.randn(K, *parameter.shape)}")
+        if self.wrt == "inputs":
+            return call, input_seeds(self.model, call, tangents)
+        return call, parameter_seeds(self.module, self.wrt, tangents)
+
+    def _specialize(self, call: Call, seeds: Seeds) -> Specialization:
+        key = self._signature(call, seeds)
+        if key not in self._specializations:
+            self._specializations[key] = self._compile(call, seeds)
+        self._latest = self._specializations[key]
+        return self._latest
+
+    def _signature(self, call: Call, seeds: Seeds) -> Any:
+        """Everything that the graph depends on, hashable."""
+        tensors = tuple((t.shape, t.dtype, t.device) for t in call.tensors)
+        state = tuple((t.shape, t.dtype, t.device) for t in (*self.module.parameters(), *self.module.buffers()))
+        modes = tuple(m.training for m in self.module.modules())
+        if isinstance(self.loss, nn.Module):
+            modes += tuple(m.training for m in self.loss.modules())
+        others = tuple((type(o), _hashable(o)) for o in call.others)
+        autocast = tuple(
+            (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
+        )
+        return call.spec, tensors, state, modes, others, autocast, torch.get_default_dtype(), seeds.key
+
+    def _compile(self, call: Call, seeds: Seeds) -> Specialization:
+        program = capture(self.model, self.loss, call, _argument_names(self.model, call))
+        positions = seeds.positions(program)
+        values = [i for i, out in enumerate(program.outputs) if out.kind == "value"]
+        asked = values[:1] if self.loss is not None else [i for i in values if _is_float(program.results[i])]
+        components = Components(seeds.directions, self.second_order)
+        request = pipeline.Request(
+            positions, asked, components, values[1:] if self.curvature == "ggn" and self.second_order else ()
+        )
+        compiled = pipeline.run(program.module, request)
+        if self.curvature == "ggn" and self.second_order and not compiled.layout.crosses:
+            raise ArgumentError(
+                "curvature: the loss has no second derivative in the model's output, so the generalised Gauss-Newton "
+                "plane would be zero; let the model return logits and use e.g. cross_entropy as the loss"
+            )
+        modules = {"": self.module}
+        if isinstance(self.loss, nn.Module):
+            modules["loss"] = self.loss
+        return Specialization(
+            program, compiled, components, owners_of(program, modules), self.loss is not None,
+            self.lowering(compiled.final),
+        )  # fmt: skip
+
+    def train(self, mode: bool = True) -> HyperDualModule:
+        """Set the model's own training flags."""
+        super().train(mode)
+        if isinstance(self.model, nn.Module):
+            self.model.train(mode)
+        return self
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+def _argument_names(model: Any, call: Call) -> list[str]:
+    """A readable name for every tensor leaf: the argument's name, with the path inside it."""
+    function = model.forward if isinstance(model, nn.Module) else model
+    try:
+        bound = inspect.signature(function).bind_partial(*call.args, **call.kwargs).arguments
+        tree: Any = (tuple(bound), tuple(bound.values()))
+    except (TypeError, ValueError):
+        tree = ((), ())
+    del tree
+    names = []
+    for path, leaf in pytree.tree_flatten_with_path((call.args, call.kwargs, call.targets))[0]:
+        if isinstance(leaf, Tensor):
+            names.append(_readable(function, path))
+    return names
+
+
+def _readable(function: Callable[..., Any], path: Any) -> str:
+    where, *rest = path
+    part = ("args", "kwargs", "targets")[where.idx]
+    first = rest[0]
+    tail = "".join(f"_{getattr(k, 'idx', getattr(k, 'key', k))}" for k in rest[1:])
+    if part == "kwargs":
+        return f"{first.key}{tail}"
+    if part == "targets":
+        return f"target_{first.idx}{tail}"
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+        parameter = parameters[min(first.idx, len(parameters) - 1)]
+        variadic = parameter.kind is inspect.Parameter.VAR_POSITIONAL
+        name = f"{parameter.name}_{first.idx}" if variadic else parameter.name
+    except (TypeError, ValueError):
+        name = f"argument_{first.idx}"
+    return name + tail
+
+
+_ = Mapping

@@ -1,0 +1,42 @@
+"""CSE: compute equal expressions once.
+
+Contract: a functional graph in, an equivalent one out. Two nodes are equal when operator, arguments and keyword
+arguments are; random operators never are. The earlier node stays, with its own provenance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+
+def merge_common_subexpressions(module: fx.GraphModule) -> fx.GraphModule:
+    """Replace every repeated computation by its first occurrence."""
+    seen: dict[Any, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op not in ("call_function", "get_attr") or _is_unrepeatable(node):
+            continue
+        key = _key(node)
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            module.graph.erase_node(node)
+        else:
+            seen[key] = node
+    module.recompile()
+    return module
+
+
+def _is_unrepeatable(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def _key(node: fx.Node) -> Any:
+    leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+    # 1, 1.0 and True are equal in Python, not in a graph; -0.0 and 0.0 neither
+    typed = tuple((type(leaf), repr(leaf) if isinstance(leaf, float) else leaf) for leaf in leaves)
+    return node.op, node.target, typed, spec

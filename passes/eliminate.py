@@ -1,0 +1,20 @@
+"""Eliminate: drop every node whose value nobody uses.
+
+Contract: a functional graph in, the same graph without dead nodes out; inputs and outputs stay as they are. Random
+operators are dropped too: an unused draw changes no result.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+
+def eliminate(module: fx.GraphModule) -> fx.GraphModule:
+    """Remove dead nodes and the attributes that only they used."""
+    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    module.delete_all_unused_submodules()
+    used = {node.target for node in module.graph.find_nodes(op="get_attr")}
+    for name in [n for n, _ in module.named_buffers(recurse=False) if n not in used]:
+        delattr(module, name)
+    module.recompile()
+    return module

@@ -1,0 +1,186 @@
+"""Expand: every node becomes its hyper-dual expansion, by its rule.
+
+Contract: a normalised graph and its seeded inputs in; out comes a graph whose inputs are the primal inputs followed by
+one stack of tangents ``[K, *shape]`` for each seed, and whose output is the flat tuple of primals, then tangents, then
+cross components (the structural zeros left out; :class:`Layout` says which). A node whose arguments have no component
+is copied as it is, so a structural zero is never computed.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fomoh_fx.errors import FomohError, UnsupportedOpError
+from fomoh_fx.hyperdual import Components, HyperDual, hyperduals_in, primal_of
+from fomoh_fx.passes import provenance
+from fomoh_fx.passes.normalize import inputs_of
+from fomoh_fx.passes.retrace import last_node, node_of, recorded_nodes, retrace
+from fomoh_fx.rules.registry import Operator, rule_for
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which outputs have which component: the flat output is the primals, then the tangents, then the crosses."""
+
+    primals: int
+    tangents: tuple[int, ...]
+    crosses: tuple[int, ...]
+
+    def unpack(self, flat: Sequence[Any]) -> list[HyperDual]:
+        """One HyperDual for each output, None for structural zeros."""
+        middle = self.primals + len(self.tangents)
+        tangents = dict(zip(self.tangents, flat[self.primals : middle], strict=True))
+        crosses = dict(zip(self.crosses, flat[middle:], strict=True))
+        return [HyperDual(flat[i], tangents.get(i), crosses.get(i)) for i in range(self.primals)]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What of a graph is expanded.
+
+    ``active`` nodes carry components; the ``first_order`` ones among them (inside the model, for the generalised
+    Gauss-Newton plane) carry tangents only.
+    """
+
+    active: Collection[fx.Node]
+    first_order: Collection[fx.Node] = field(default_factory=frozenset)
+
+
+class Expander(fx.Interpreter):
+    """Interprets a graph on hyper-dual values, each node by its rule; inputs without components are plain tensors."""
+
+    def __init__(self, module: fx.GraphModule, components: Components, scope: Scope, label: bool = True) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.components, self.scope, self.label = components, scope, label
+        self.tangents_only = replace(components, second_order=None)
+        self.current: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n
+        before = last_node() if self.label else None
+        result = super().run_node(n)
+        if self.label:
+            _record_provenance(n, before, result)
+        return result
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        n = self.current
+        assert n is not None
+        if not isinstance(target, Operator):  # getitem, and arithmetic on sizes
+            return target(*args, **kwargs)
+        if n not in self.scope.active or not hyperduals_in((args, kwargs)):
+            return target(*primal_of(tuple(args)), **primal_of(dict(kwargs)))
+        components = self.tangents_only if n in self.scope.first_order else self.components
+        try:
+            result = rule_for(target)(target, components, *args, **kwargs)
+        except FomohError as error:
+            raise type(error)(_explained(n, str(error))) from error
+        except Exception as error:
+            reason = traceback.format_exception_only(error)[-1].strip()
+            raise UnsupportedOpError(_explained(n, f"its rule failed with {reason}")) from error
+        return pytree.tree_map(lambda x: _settled(x, components), result, is_leaf=lambda x: isinstance(x, HyperDual))
+
+
+def _explained(node: fx.Node, reason: str) -> str:
+    if reason.startswith("operator "):
+        return reason
+    source = provenance.of(node).source
+    where = f"\n  at {source}" if source else ""
+    return f"operator {node.target}: {reason}{where}\n  fomoh_fx.register_rule({node.target}, rule) gives it a rule"
+
+
+def _settled(x: Any, components: Components) -> Any:
+    """A rule's result in its final form: components in the primal's dtype and shape; a plain tensor without any."""
+    if not isinstance(x, HyperDual):
+        return x
+    x = HyperDual(
+        x.primal,
+        _fitted(x.tangent, x.primal, components.directions),
+        _fitted(x.cross, x.primal, components.count) if components.second_order else None,
+    )
+    return x if x.active else x.primal
+
+
+def _fitted(part: Tensor | None, primal: Tensor, count: int) -> Tensor | None:
+    if part is None:
+        return None
+    if part.dtype != primal.dtype:
+        part = part.to(primal.dtype)
+    shape = (count, *primal.shape)
+    return part if tuple(part.shape) == shape else part.expand(shape)
+
+
+def _record_provenance(n: fx.Node, before: fx.Node | None, result: Any) -> None:
+    """Label the new nodes by the first component that needs them, and name the results after the primal node."""
+    fresh = set(recorded_nodes(before))
+    origin = provenance.of(n)
+    values = pytree.tree_leaves(result, is_leaf=lambda x: isinstance(x, HyperDual))
+    for component in provenance.COMPONENTS:
+        parts = [getattr(v, component) if isinstance(v, HyperDual) else v if component == "primal" else None for v in values]
+        roots = [node for part in parts if (node := node_of(part)) is not None and node in fresh]
+        for root in roots if len(roots) == 1 and n.op == "call_function" else ():
+            root._rename(n.name if component == "primal" else f"{n.name}_{component}")
+        while roots:
+            node = roots.pop()
+            if node in fresh:
+                fresh.discard(node)
+                node.meta[provenance.KEY] = provenance.Provenance(n.name, component, origin.source)
+                roots += node.all_input_nodes
+    for node in fresh:
+        node.meta[provenance.KEY] = provenance.Provenance(n.name, "primal", origin.source)
+
+
+def expand(
+    module: fx.GraphModule, seeds: Sequence[fx.Node], asked: Sequence[int], components: Components, scope: Scope
+) -> tuple[fx.GraphModule, Layout]:
+    """The hyper-dual expansion of the graph.
+
+    Args:
+        module: the normalised graph.
+        seeds: the placeholders that have a tangent, in the order in which the tangents become inputs.
+        asked: the positions of the outputs whose components are asked for.
+        components: which components to propagate.
+        scope: the active nodes, and those of them that carry tangents only.
+    """
+    placeholders = inputs_of(module)
+    inputs = [n.meta["val"] for n in placeholders]
+    tangents = [_tangent_like(n.meta["val"], components.directions) for n in seeds]
+    expander = Expander(module, components, scope)
+    layout = Layout(0, (), ())
+
+    def expansion(*values: Any) -> tuple[Any, ...]:
+        nonlocal layout
+        primals, stacks = values[: len(inputs)], dict(zip(seeds, values[len(inputs) :], strict=True))
+        seeded = [HyperDual(p, stacks[n]) if n in stacks else p for n, p in zip(placeholders, primals, strict=True)]
+        outputs = list(expander.run(*seeded))
+        duals = [outputs[i] if isinstance(outputs[i], HyperDual) else HyperDual(outputs[i]) for i in asked]
+        with_tangent = [(i, d.tangent) for i, d in zip(asked, duals, strict=True) if d.tangent is not None]
+        with_cross = [(i, d.cross) for i, d in zip(asked, duals, strict=True) if d.cross is not None]
+        layout = Layout(len(outputs), tuple(i for i, _ in with_tangent), tuple(i for i, _ in with_cross))
+        crosses = [c.squeeze(0) if components.second_order == "trace" else c for _, c in with_cross]
+        return (*primal_of(outputs), *(t for _, t in with_tangent), *crosses)
+
+    expanded = retrace(expansion, [*inputs, *tangents])
+    names = [n.name for n in placeholders] + [f"{n.name}_tangent" for n in seeds]
+    for name, node in zip(names, inputs_of(expanded), strict=True):
+        primal, component = (name.removesuffix("_tangent"), "tangent") if node.name not in names else (name, "primal")
+        node._rename(name)
+        node.target = node.name
+        node.meta[provenance.KEY] = provenance.Provenance(primal, component)
+    for node in expanded.graph.nodes:
+        node.meta.setdefault(provenance.KEY, provenance.Provenance(node.name, "cross"))
+    expanded.recompile()
+    return expanded, layout
+
+
+def _tangent_like(value: Tensor, directions: int) -> Tensor:
+    fake_mode = value.fake_mode  # type: ignore[attr-defined]
+    with fake_mode:
+        return torch.empty((directions, *value.shape), dtype=value.dtype, device=value.device)

@@ -1,0 +1,79 @@
+"""Normalize: every operator that a derivative passes through becomes one that has a rule.
+
+Contract: a functional ATen graph in, a functional ATen graph out with the same inputs and outputs. Composites on an
+active path are replaced by their bodies, operators without a rule by PyTorch's own decompositions where those exist,
+and identities (alias, assertions) are dropped. Inactive operators stay whole: nobody differentiates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._decomp import core_aten_decompositions
+
+from fomoh_fx.passes import provenance
+from fomoh_fx.passes.retrace import is_composite_implicit, last_node, recorded_nodes, retrace
+from fomoh_fx.rules.registry import COMPOSITES, RULES
+
+aten = torch.ops.aten
+IDENTITIES = {aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default}
+
+
+class _Decompositions(dict[Any, Callable[..., Any]]):
+    """The composites of the registry, then PyTorch's core decompositions of what has no rule; off where inactive."""
+
+    def __init__(self) -> None:
+        own = {op: self._while_active(body) for op, body in COMPOSITES.items()}
+        torchs = {op: self._while_active(f) for op, f in core_aten_decompositions().items() if op not in RULES}
+        super().__init__({**torchs, **own})
+        self.active = False
+
+    def _while_active(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: body(*args, **kwargs) if self.active else NotImplemented
+
+
+class _Normalizer(fx.Interpreter):
+    """Calls the operators of a graph again, the active ones by their bodies where they have no rule."""
+
+    def __init__(self, module: fx.GraphModule, active: frozenset[fx.Node], table: _Decompositions) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.active, self.table = active, table
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = last_node()
+        self.table.active = n in self.active and n.target not in RULES
+        result = super().run_node(n)
+        source = provenance.of(n).source
+        for node in recorded_nodes(before):
+            node.meta[provenance.KEY] = provenance.Provenance(node.name, "primal", source)
+        return result
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if target in IDENTITIES:
+            return args[0]
+        if self.table.active and target in self.table:
+            return self.table[target](*args, **kwargs)
+        if self.table.active and is_composite_implicit(target):
+            return target.decompose(*args, **kwargs)
+        return target(*args, **kwargs)
+
+
+def normalize(module: fx.GraphModule, active: frozenset[fx.Node]) -> fx.GraphModule:
+    """The graph in terms of operators with rules, wherever the ``active`` nodes are."""
+    table = _Decompositions()
+    inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    normalizer = _Normalizer(module, active, table)
+    normalized = retrace(lambda *values: normalizer.run(*values), inputs, table)
+    for old, new in zip(inputs_of(module), inputs_of(normalized), strict=True):
+        new.meta[provenance.KEY] = provenance.Provenance(old.name, "primal")
+        new.name = new.target = old.name
+    normalized.recompile()
+    return normalized
+
+
+def inputs_of(module: fx.GraphModule) -> list[fx.Node]:
+    """The placeholders, in order."""
+    return module.graph.find_nodes(op="placeholder")

@@ -1,0 +1,86 @@
+"""The pipeline: normalize -> expand -> simplify -> eliminate, verified after each pass, every stage kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from fomoh_fx.hyperdual import Components
+from fomoh_fx.passes.activity import analyse, ancestors
+from fomoh_fx.passes.cse import merge_common_subexpressions
+from fomoh_fx.passes.eliminate import eliminate
+from fomoh_fx.passes.expand import Layout, Scope, expand
+from fomoh_fx.passes.normalize import inputs_of, normalize
+from fomoh_fx.passes.simplify import simplify
+from fomoh_fx.passes.verify import verify
+
+#: After the expansion: each takes a graph of its own and returns it rewritten.
+REWRITES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
+    "simplify": simplify,
+    "cse": merge_common_subexpressions,
+    "eliminate": eliminate,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a captured graph.
+
+    Attributes:
+        seeds: positions of the inputs that have a tangent.
+        asked: positions of the outputs whose components are asked for.
+        components: which components.
+        first_order_above: positions of the outputs at which the model ends: nodes that they depend on carry tangents
+            only (the generalised Gauss-Newton plane). Empty for the Hessian.
+    """
+
+    seeds: Sequence[int]
+    asked: Sequence[int]
+    components: Components
+    first_order_above: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Every stage of the graph, the last of them final, and where its outputs have components."""
+
+    stages: dict[str, fx.GraphModule]
+    layout: Layout
+
+    @property
+    def final(self) -> fx.GraphModule:
+        return list(self.stages.values())[-1]
+
+
+def run(captured: fx.GraphModule, request: Request) -> Compiled:
+    """Compile a captured graph into its hyper-dual expansion."""
+    stages = {"capture": captured}
+    seeds, asked = _seeds_and_asked(captured, request)
+    stages["normalize"] = normalize(captured, analyse(captured.graph, seeds, asked).active)
+    verify(stages["normalize"], "normalize")
+    stages["normalize"] = eliminate(stages["normalize"])
+    seeds, asked = _seeds_and_asked(stages["normalize"], request)
+    results = stages["normalize"].graph.output_node().args[0]
+    model_part = ancestors(stages["normalize"].graph, [results[i] for i in request.first_order_above])
+    scope = Scope(analyse(stages["normalize"].graph, seeds, asked).active, model_part)
+    stages["expand"], layout = expand(stages["normalize"], seeds, request.asked, request.components, scope)
+    verify(stages["expand"], "expand")
+    module = stages["expand"]
+    for name, rewrite in REWRITES.items():
+        module = rewrite(_copy(module))
+        verify(module, name)
+        stages[name] = module
+    return Compiled(stages, layout)
+
+
+def _seeds_and_asked(module: fx.GraphModule, request: Request) -> tuple[list[fx.Node], list[fx.Node]]:
+    inputs, results = inputs_of(module), module.graph.output_node().args[0]
+    return [inputs[i] for i in request.seeds], [results[i] for i in request.asked]  # type: ignore[index]
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)

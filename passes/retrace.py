@@ -1,0 +1,102 @@
+"""Running an interpreter over a graph and recording what it does as a new graph.
+
+PyTorch's make_fx does the recording. Operators that PyTorch would decompose on the way down to the dispatcher (linear,
+scaled_dot_product_attention, ..) are recorded whole here when an interpreter calls them: the graph stays small and a
+rule sees the operator that it was written for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch._ops import OpOverload
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+
+def is_composite_implicit(op: Any) -> bool:
+    """Whether PyTorch itself defines the operator by other operators."""
+    return isinstance(op, OpOverload) and op.has_kernel_for_dispatch_key(
+        torch._C.DispatchKey.CompositeImplicitAutograd
+    )
+
+
+class _RecordWhole(TorchFunctionMode):
+    """Records calls of composite operators as one node each, on tensors that the trace knows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        mode = get_proxy_mode()
+        if mode is None or not is_composite_implicit(func):
+            return func(*args, **kwargs)
+        tracer = mode.tracer
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+            return func(*args, **kwargs)
+        if any(get_proxy_slot(t, tracer, None) is None for t in tensors):
+            return func(*args, **kwargs)
+        proxies = [_proxy(leaf, tracer) for leaf in leaves]
+        proxy_args, proxy_kwargs = pytree.tree_unflatten(proxies, spec)
+        with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+            out = func(*args, **kwargs)
+        proxy = tracer.create_proxy("call_function", func, proxy_args, proxy_kwargs, name=func._opname)
+        track_tensor_tree(out, proxy, constant=None, tracer=tracer)
+        return out
+
+
+def _proxy(leaf: Any, tracer: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return get_proxy_slot(leaf, tracer, leaf, lambda slot: slot.proxy)
+    if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return get_proxy_slot(leaf, tracer).force()
+    return leaf
+
+
+def retrace(
+    function: Callable[..., Any], inputs: list[Any], decompositions: Mapping[Any, Callable[..., Any]] | None = None
+) -> fx.GraphModule:
+    """The graph of ``function(*inputs)`` on fake tensors, under no_grad."""
+    fake_mode = detect_fake_mode(inputs)
+    with fake_mode or nullcontext(), torch.no_grad(), _RecordWhole():
+        return make_fx(function, decompositions, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+
+
+def recorded_nodes(after: fx.Node | None = None) -> list[fx.Node]:
+    """The nodes of the trace under way that came after the given one (all of them for None), in order."""
+    mode = get_proxy_mode()
+    assert mode is not None, "only inside retrace"
+    found: list[fx.Node] = []
+    for node in reversed(mode.tracer.graph.nodes):
+        if node is after:
+            break
+        found.append(node)
+    return found[::-1]
+
+
+def last_node() -> fx.Node | None:
+    """The newest node of the trace under way."""
+    mode = get_proxy_mode()
+    assert mode is not None, "only inside retrace"
+    return next(iter(reversed(mode.tracer.graph.nodes)), None)
+
+
+def node_of(value: Any) -> fx.Node | None:
+    """The node of the trace under way that computed the value, or None for a constant."""
+    mode = get_proxy_mode()
+    if mode is None or not isinstance(value, Tensor):
+        return None
+    slot = get_proxy_slot(value, mode.tracer, None)
+    return None if slot is None else slot.proxy.node
