@@ -183,6 +183,13 @@ class HyperDual:
         return self.components
 
 
+@dataclass(frozen=True, eq=False)
+class Undefined:
+    """A value inside the graph whose derivative nobody defines: it may be returned, but not used on an active path."""
+
+    primal: Tensor
+
+
 pytree.register_pytree_node(
     HyperDual,
     lambda h: ([h.primal, h.tangent, h.cross, h.output], h.components),
@@ -193,7 +200,9 @@ pytree.register_pytree_node(
 
 def primal_of(tree: Any) -> Any:
     """The tree with every HyperDual replaced by its primal."""
-    return pytree.tree_map(lambda x: x.primal if isinstance(x, HyperDual) else x, tree, is_leaf=_is_hyperdual)
+    return pytree.tree_map(
+        lambda x: x.primal if isinstance(x, (HyperDual, Undefined)) else x, tree, is_leaf=_is_hyperdual
+    )
 
 
 def hyperduals_in(tree: Any) -> list[HyperDual]:

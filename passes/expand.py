@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.errors import FomohError, UnsupportedOpError
-from fomoh_fx.hyperdual import Components, HyperDual, hyperduals_in, primal_of
+from fomoh_fx.hyperdual import Components, HyperDual, Undefined, primal_of
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.normalize import inputs_of
 from fomoh_fx.passes.retrace import last_node, node_of, recorded_nodes, retrace
@@ -59,6 +59,7 @@ class Expander(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, components: Components, scope: Scope, label: bool = True) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.components, self.scope, self.label = components, scope, label
+        self.extra_traceback = False  # errors of ours say where in the user's own code
         self.tangents_only = replace(components, second_order=None)
         self.current: fx.Node | None = None
 
@@ -75,8 +76,12 @@ class Expander(fx.Interpreter):
         assert n is not None
         if not isinstance(target, Operator):  # getitem, and arithmetic on sizes
             return target(*args, **kwargs)
-        if n not in self.scope.active or not hyperduals_in((args, kwargs)):
+        carried = pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, HyperDual))
+        if n not in self.scope.active or not any(isinstance(x, (HyperDual, Undefined)) for x in carried):
             return target(*primal_of(tuple(args)), **primal_of(dict(kwargs)))
+        if any(isinstance(x, Undefined) for x in pytree.tree_leaves((args, kwargs))):
+            reason = "an argument is an output of another operator for which PyTorch defines no derivative"
+            raise UnsupportedOpError(_explained(n, reason))
         components = self.tangents_only if n in self.scope.first_order else self.components
         try:
             result = rule_for(target)(target, components, *args, **kwargs)
@@ -160,6 +165,8 @@ def expand(
         primals, stacks = values[: len(inputs)], dict(zip(seeds, values[len(inputs) :], strict=True))
         seeded = [HyperDual(p, stacks[n]) if n in stacks else p for n, p in zip(placeholders, primals, strict=True)]
         outputs = list(expander.run(*seeded))
+        if any(isinstance(outputs[i], Undefined) for i in asked):
+            raise UnsupportedOpError("model: returns a value for which PyTorch defines no derivative")
         duals = [outputs[i] if isinstance(outputs[i], HyperDual) else HyperDual(outputs[i]) for i in asked]
         with_tangent = [(i, d.tangent) for i, d in zip(asked, duals, strict=True) if d.tangent is not None]
         with_cross = [(i, d.cross) for i, d in zip(asked, duals, strict=True) if d.cross is not None]

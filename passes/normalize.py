@@ -40,6 +40,7 @@ class _Normalizer(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, active: frozenset[fx.Node], table: _Decompositions) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.extra_traceback = False
         self.active, self.table = active, table
 
     def run_node(self, n: fx.Node) -> Any:
@@ -77,3 +78,9 @@ def normalize(module: fx.GraphModule, active: frozenset[fx.Node]) -> fx.GraphMod
 def inputs_of(module: fx.GraphModule) -> list[fx.Node]:
     """The placeholders, in order."""
     return module.graph.find_nodes(op="placeholder")
+
+
+def results_of(module: fx.GraphModule) -> list[fx.Node]:
+    """The returned nodes, in order."""
+    results = module.graph.output_node().args[0]
+    return list(results) if isinstance(results, (list, tuple)) else [results]  # type: ignore[arg-type,list-item]

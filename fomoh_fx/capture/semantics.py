@@ -1,19 +1,14 @@
 """What plain tracing loses, and reverse mode keeps: detach, no_grad, custom autograd Functions, captured tensors.
 
 Tracing records values, and a value does not say that its derivative was stopped or replaced. This mode is active
-while the model runs under a frontend and records those facts as operators of their own, which have rules:
-
-- ``fomoh_fx::stop_gradient(x)`` is x with derivative zero: ``detach``, ``.data``, and every result under ``no_grad``.
-- ``fomoh_fx::with_value(x, value)`` has the derivative of x and another value: x changed in place under ``no_grad``.
-- ``fomoh_fx::custom_function(inputs, call)`` is one call of a ``torch.autograd.Function``.
+while the model runs under a frontend and records those facts as the operators of
+:mod:`fomoh_fx.operators`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import torch
@@ -21,47 +16,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-library = torch.library.Library("fomoh_fx", "DEF")
-library.define("stop_gradient(Tensor x) -> Tensor")
-library.define("with_value(Tensor x, Tensor value) -> Tensor")
-library.define("custom_function(Tensor[] inputs, int call) -> Tensor[]")
-library.impl("stop_gradient", lambda x: x.clone(), "CompositeExplicitAutograd")
-library.impl("with_value", lambda x, value: value.clone(), "CompositeExplicitAutograd")
+from fomoh_fx.operators import ORIGINAL_APPLY, FunctionCall
 
 ops = torch.ops.fomoh_fx
-
-
-@dataclass
-class FunctionCall:
-    """One call of a custom Function: the class, and its arguments with the tensors taken out."""
-
-    function: type[torch.autograd.Function]
-    leaves: tuple[Any, ...]  # None where a tensor stands
-    is_tensor: tuple[bool, ...]
-    spec: pytree.TreeSpec
-    returns_tensor: bool = False  # one tensor, not a tuple; known once it has run
-
-    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Apply the Function, with its own backward, to other tensors."""
-        mine = iter(tensors)
-        filled = [next(mine) if t else leaf for t, leaf in zip(self.is_tensor, self.leaves, strict=True)]
-        out = _original_apply.__get__(None, self.function)(*pytree.tree_unflatten(filled, self.spec))
-        self.returns_tensor = isinstance(out, Tensor)
-        return [out] if self.returns_tensor else list(out)
-
-
-CALLS: dict[int, FunctionCall] = {}
-_numbers = count()
-_original_apply = torch.autograd.Function.__dict__["apply"]
-
-
-def _run_custom_function(inputs: list[Tensor], call: int) -> list[Tensor]:
-    with torch.no_grad():
-        return [out.clone() for out in CALLS[call](inputs)]
-
-
-library.impl("custom_function", _run_custom_function, "CompositeExplicitAutograd")
-
 
 def _record_function(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
     if function is torch.utils.checkpoint.CheckpointFunction:  # recomputation changes memory, not derivatives
@@ -71,9 +28,8 @@ def _record_function(function: type[torch.autograd.Function], *args: Any, **kwar
     is_tensor = tuple(isinstance(leaf, Tensor) for leaf in leaves)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     others = tuple(None if t else leaf for t, leaf in zip(is_tensor, leaves, strict=True))
-    number = next(_numbers)
-    call = CALLS[number] = FunctionCall(function, others, is_tensor, spec)
-    out = ops.custom_function.default(tensors, number)
+    call = FunctionCall(function, others, is_tensor, spec)
+    out = ops.custom_function.default(tensors, call.number)
     return out[0] if call.returns_tensor else tuple(out)
 
 
@@ -83,7 +39,7 @@ def _functions_recorded() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.autograd.Function.apply = _original_apply  # type: ignore[method-assign]
+        torch.autograd.Function.apply = ORIGINAL_APPLY  # type: ignore[method-assign]
 
 
 _STOPS = {torch.Tensor.detach, torch.detach}

@@ -1,5 +1,6 @@
 """The differentiation rules, one file per kind; importing this package fills the registry."""
 
+from fomoh_fx.rules import random as _random  # noqa: F401  registers
 from fomoh_fx.rules.bilinear import bilinear
 from fomoh_fx.rules.elementwise import elementwise, gated
 from fomoh_fx.rules.fallback import from_jvp

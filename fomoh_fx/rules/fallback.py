@@ -13,17 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.capture.semantics import CALLS
 from fomoh_fx.errors import UnsupportedOpError
-from fomoh_fx.hyperdual import Components, HyperDual
+from fomoh_fx.hyperdual import Components, HyperDual, Undefined, add
+from fomoh_fx.operators import CALLS
 from fomoh_fx.passes.activity import analyse
-from fomoh_fx.passes.expand import Expander, Scope
-from fomoh_fx.passes.normalize import inputs_of, normalize
+from fomoh_fx.passes.eliminate import eliminate
+from fomoh_fx.passes.expand import Layout, Scope, expand
+from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
 from fomoh_fx.passes.retrace import retrace
+from fomoh_fx.passes.simplify import simplify
 from fomoh_fx.rules.linear import joined
-from fomoh_fx.rules.registry import DEFAULT, Operator, Rule
+from fomoh_fx.rules.registry import DEFAULT, Operator, Rule, register
 
 Function = Callable[..., Any]
 
@@ -57,77 +60,130 @@ def from_jvp(push: Callable[..., Any], kind: str = "jvp") -> Rule:
             cross = derivative.first([d.cross for d in duals])
             second = derivative.second([d.tangent for d in duals], components)
             cross = _sum(cross, second)
-        return joined(y, tangent, cross)
+        return _without_derivative(op, y, joined(y, _spread(y, tangent), _spread(y, cross)), leaves, spec, active)
 
     rule.kind = kind  # type: ignore[attr-defined]
     return rule
 
 
-def _sum(a: list[Tensor] | None, b: list[Tensor] | None) -> list[Tensor] | None:
+def _without_derivative(
+    op: Callable[..., Any], y: Any, result: Any, leaves: list[Any], spec: pytree.TreeSpec, active: Sequence[int]
+) -> Any:
+    """The result with its non-differentiable floating-point outputs marked, so that nobody differentiates them.
+
+    PyTorch treats layer_norm's mean or a determinant's LU factors as constants; formulas that use them lose a term.
+    """
+    outputs = pytree.tree_leaves(y)
+    if sum(map(_is_differentiable, outputs)) < 2:
+        return result
+    fresh = list(leaves)
+    with disable_proxy_modes_tracing(), torch.enable_grad():
+        for i, leaf in enumerate(leaves):
+            plain = leaf.primal if isinstance(leaf, HyperDual) else leaf
+            if isinstance(plain, Tensor):
+                plain = _fresh([plain])[0].requires_grad_(i in active)
+            fresh[i] = plain
+        args, kwargs = pytree.tree_unflatten(fresh, spec)
+        connected = [isinstance(o, Tensor) and o.requires_grad for o in pytree.tree_leaves(op(*args, **kwargs))]
+    parts, out_spec = pytree.tree_flatten(result, is_leaf=lambda x: isinstance(x, HyperDual))
+    marked = [
+        Undefined(primal) if _is_differentiable(primal) and not has else part
+        for primal, has, part in zip(outputs, connected, parts, strict=True)
+    ]
+    return pytree.tree_unflatten(marked, out_spec)
+
+
+def _spread(y: Any, parts: Sequence[Tensor | None] | None) -> list[Tensor | None] | None:
+    """The parts of the floating-point outputs at their places among all outputs."""
+    if parts is None:
+        return None
+    given = iter(parts)
+    return [next(given) if _is_differentiable(leaf) else None for leaf in pytree.tree_leaves(y)]
+
+
+def _sum(a: Sequence[Tensor | None] | None, b: Sequence[Tensor | None] | None) -> Sequence[Tensor | None] | None:
     if a is None or b is None:
         return a if b is None else b
-    return [x + y for x, y in zip(a, b, strict=True)]
+    return [add(x, y) for x, y in zip(a, b, strict=True)]
 
 
 class _Derivative:
-    """T(x, v) as a graph, applied to stacks, and differentiated in x."""
+    """T(x, v) and d/dx T(x, v)[u] as graphs of their own, applied to stacks."""
 
     def __init__(self, push: Callable[..., list[Tensor]], active: Sequence[int], xs: Sequence[Tensor]) -> None:
         self.push, self.active, self.xs = push, active, xs
-
-    def graph(self, which: Sequence[int]) -> fx.GraphModule:
-        """T as a normalised graph of (all active primals, the tangents of ``which``)."""
-        chosen = [self.active[i] for i in which]
-
-        def flat(*inputs: Tensor) -> list[Tensor]:
-            return self.push(inputs[: len(self.xs)], inputs[len(self.xs) :], chosen)
-
-        module = retrace(flat, [*_fresh(self.xs), *_fresh([self.xs[i] for i in which])])
-        seeds = inputs_of(module)[: len(self.xs)]
-        active = analyse(module.graph, seeds, module.graph.output_node().args[0]).active
-        return normalize(module, active)
 
     def first(self, parts: Sequence[Tensor | None]) -> list[Tensor] | None:
         """T(x, v_i) for stacks of v; None where no argument has the component."""
         which = [i for i, part in enumerate(parts) if part is not None]
         if not which:
             return None
-        module = self.graph(which)
-        run = fx.Interpreter(module).run
-        return torch.vmap(lambda *vs: tuple(run(*self.xs, *vs)))(*[parts[i] for i in which])
+        with disable_proxy_modes_tracing():
+            module = self._first_graph(which)
+        return self._over_stacks(module, [parts[i] for i in which])
 
     def second(self, parts: Sequence[Tensor | None], components: Components) -> list[Tensor] | None:
-        """sum_ij S_c,ij d/dx T(x, x_i)[x_j]."""
+        """sum_ij S_c,ij d/dx T(x, x_i)[x_j]; None where T does not depend on x."""
         which = [i for i, part in enumerate(parts) if part is not None]
         if not which:
             return None
-        stacks = [parts[i] for i in which]
-        module = self.graph(which)
-        placeholders, results = inputs_of(module), module.graph.output_node().args[0]
-        seeds = [placeholders[i] for i in which]
-        scope = Scope(analyse(module.graph, seeds, results).active)
-        found: list[bool] = []
-
-        def along(*pair: Tensor) -> tuple[Tensor, ...]:
-            vs, us = pair[: len(which)], dict(zip(which, pair[len(which) :], strict=True))
-            inputs = [HyperDual(x, us[i].unsqueeze(0)) if i in us else x for i, x in enumerate(self.xs)]
-            out = Expander(module, Components(1, None), scope, label=False).run(*inputs, *vs)
-            found[:] = [isinstance(o, HyperDual) for o in out]
-            return tuple(o.tangent.squeeze(0) if isinstance(o, HyperDual) else torch.zeros_like(o) for o in out)
-
+        with disable_proxy_modes_tracing():
+            module, layout = self._second_graph(which)
+        if not layout.tangents:
+            return None
+        stacks = [part for part in parts if part is not None]
         left, right = stacks, stacks
         if components.spans_pairs:
             rows, columns = components.indices(self.xs[0].device)
             left, right = ([s.index_select(0, i) for s in stacks] for i in (rows, columns))
-        values = torch.vmap(along)(*left, *right)
-        if not any(found):
-            return None
-        return list(values) if components.spans_pairs else [components.reduce(v) for v in values]
+        values = dict(zip(layout.tangents, self._over_stacks(module, [*left, *right]), strict=True))
+        full = [values[i] if i in values else None for i in range(layout.primals)]
+        return full if components.spans_pairs else [None if v is None else components.reduce(v) for v in full]
+
+    def _over_stacks(self, module: fx.GraphModule, stacks: Sequence[Tensor | None]) -> list[Tensor]:
+        run = fx.Interpreter(module).run
+        return list(torch.vmap(lambda *vs: tuple(run(*self.xs, *vs)))(*stacks))
+
+    def _first_graph(self, which: Sequence[int]) -> fx.GraphModule:
+        """A normalised graph of (all active primals, the tangents of ``which``)."""
+        chosen = [self.active[i] for i in which]
+
+        def flat(*inputs: Tensor) -> list[Tensor]:
+            return self.push(inputs[: len(self.xs)], inputs[len(self.xs) :], chosen)
+
+        inputs = [*_fresh(self.xs), *_fresh([self.xs[i] for i in which])]
+        module = retrace(flat, inputs, _REAL_ZEROS)  # may hold in-place operators of PyTorch's own formulas
+        module = retrace(torch.func.functionalize(module, remove="mutations"), inputs)
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+            node.replace_all_uses_with(node.args[0])  # how autograd saves a value, not a stop of the derivative
+        seeds = inputs_of(module)[: len(self.xs)]
+        return normalize(module, analyse(module.graph, seeds, results_of(module)).active)
+
+    def _second_graph(self, which: Sequence[int]) -> tuple[fx.GraphModule, Layout]:
+        """A graph of (all active primals, the tangents of ``which``, the second directions of ``which``)."""
+        module = self._first_graph(which)
+        seeds = [inputs_of(module)[i] for i in which]
+        results = results_of(module)
+        scope = Scope(analyse(module.graph, seeds, results).active)
+        expanded, layout = expand(module, seeds, range(len(results)), Components(1, None), scope)
+        count = len(self.xs) + len(which)
+
+        def unstacked(*inputs: Tensor) -> list[Tensor]:
+            out = expanded(*inputs[:count], *(u.unsqueeze(0) for u in inputs[count:]))
+            return [tangent.squeeze(0) for tangent in out[layout.primals :]]
+
+        fakes = [*_fresh(self.xs), *_fresh([self.xs[i] for i in which]), *_fresh([self.xs[i] for i in which])]
+        return simplify(eliminate(retrace(unstacked, fakes))), layout
+
+
+_REAL_ZEROS = {
+    torch.ops.aten._efficientzerotensor.default: lambda size, **kwargs: torch.ops.aten.zeros.default(size, **kwargs)
+}
 
 
 def _fresh(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """New fake (or real) tensors of the same kind, unknown to the trace under way."""
-    return [torch.empty_like(t) for t in tensors]
+    """New tensors of the same kind and layout (formulas depend on it), unknown to the trace under way."""
+    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
 
 
 def forward_mode(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -198,13 +254,14 @@ def _refuse_if_not_differentiable(op: Any, which: Sequence[int], args: Any, kwar
 def custom_function(op: Any, which: Sequence[int], tangents: Sequence[Tensor], inputs: Any, call: int) -> Any:
     """T of a custom autograd Function: its backward, transposed."""
     try:
-        return transposed(op, which, tangents, inputs, call)
+        return transposed(lambda tensors: CALLS[call](tensors), which, tangents, inputs)
     except RuntimeError as error:
         name = CALLS[call].function.__name__
         raise UnsupportedOpError(
             f"the backward of the custom autograd Function {name} cannot be transposed ({str(error).splitlines()[0]}); "
-            "write it in differentiable torch functions"
+            "write it in differentiable torch functions that are linear in the incoming gradient"
         ) from error
 
 
 DEFAULT.append(synthesize)
+register(torch.ops.fomoh_fx.custom_function.default, from_jvp(custom_function, kind="custom function"))
