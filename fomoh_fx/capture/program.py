@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture.semantics import ReverseModeSemantics
 from fomoh_fx.errors import ArgumentError
+from fomoh_fx.passes.provenance import RecordSourceLines
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Root(nn.Module):
         args, kwargs, targets = self.call.rebuild(tensors)
         known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
         self.observed.semantics = ReverseModeSemantics(known)
-        with self.observed.semantics:
+        with self.observed.semantics, RecordSourceLines():
             output = self.model(*args, **kwargs)
             value = output if self.loss is None else self.loss(output, *targets)
         if self.loss is not None:
