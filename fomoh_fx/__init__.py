@@ -3,9 +3,9 @@
 from fomoh_fx.errors import ArgumentError, CaptureError, FomohError, SpecialisationError, UnsupportedOpError
 from fomoh_fx.hyperdual import HyperDual
 from fomoh_fx.rules import register_rule, supported_ops
-from fomoh_fx.transform import HyperDualModule, transform
+from fomoh_fx.transform import HyperDualModule, compile, transform
 
 __all__ = [
     "ArgumentError", "CaptureError", "FomohError", "HyperDual", "HyperDualModule", "SpecialisationError",
-    "UnsupportedOpError", "register_rule", "supported_ops", "transform",
+    "UnsupportedOpError", "compile", "register_rule", "supported_ops", "transform",
 ]  # fmt: skip

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
+Lowering = Callable[[fx.GraphModule], Callable[..., Any]]
+
 
 def eager(module: fx.GraphModule) -> Callable[..., Any]:
     """The graph, operator by operator."""
     return module
 
 
-def inductor(module: fx.GraphModule) -> Callable[..., Any]:
-    """The graph as one program of torch.compile: no graph break is possible, no shape is dynamic."""
-    return torch.compile(module, fullgraph=True, dynamic=False)
+def inductor(module: fx.GraphModule, **options: Any) -> Callable[..., Any]:
+    """The graph as one program of torch.compile: a graph break or a dynamic shape is impossible."""
+    return torch.compile(module, fullgraph=True, dynamic=False, **options)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -18,11 +17,22 @@ from fomoh_fx.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Seeds:
-    """Stacks of tangents ``[K, *shape]`` and what each belongs to: a parameter's name, or the number of a tensor leaf."""
+    """Stacks of tangents ``[K, *shape]`` and what each belongs to: a parameter's name, or the number of a tensor leaf.
+
+    ``given_as`` are the caller's own names of the parameters; ``present`` says which leaves of the caller's structure
+    of input tangents are not None.
+    """
 
     owners: tuple[str | int, ...]
     stacks: tuple[Tensor, ...]
     directions: int
+    given_as: tuple[str, ...] = ()
+    present: list[bool] = field(default_factory=list)
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the tangents are a mapping from parameter names."""
+        return bool(self.given_as)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -88,7 +98,8 @@ def parameter_seeds(module: nn.Module, wrt: str | Sequence[str], tangents: Any) 
         _check(f"of parameter {name!r}", tangent, everything[name])
         found[key], given_as[key] = tangent, name
     ordered = [name for name in first.values() if name in found]
-    return _seeds(ordered, [found[name] for name in ordered], [f"parameter {given_as[n]!r}" for n in ordered])
+    seeds = _seeds(ordered, [found[name] for name in ordered], [f"parameter {given_as[n]!r}" for n in ordered])
+    return replace(seeds, given_as=tuple(given_as[name] for name in ordered))
 
 
 def input_seeds(model: Any, call: Call, tangents: Any) -> Seeds:
@@ -119,7 +130,8 @@ def input_seeds(model: Any, call: Call, tangents: Any) -> Seeds:
                 stacks.append(part)
                 labels.append(label)
             number += 1
-    return _seeds(owners, stacks, labels)
+    present = [leaf is not None for leaf in pytree.tree_leaves(tangents)]
+    return replace(_seeds(owners, stacks, labels), present=present)
 
 
 def _by_argument(model: Any, call: Call, tangents: Any) -> list[tuple[str, Any, Any]]:
@@ -182,6 +194,3 @@ def _seeds(owners: Sequence[str | int], stacks: Sequence[Tensor], labels: Sequen
                 f"tangents: K differs: {labels[0]} has {directions} directions, {label} has {stack.shape[0]}"
             )
     return Seeds(tuple(owners), tuple(stacks), directions)
-
-
-_ = torch

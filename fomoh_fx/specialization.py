@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from fomoh_fx.capture import Call, Program
+from fomoh_fx.capture import Program
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.passes.pipeline import Compiled
+from fomoh_fx.seeds import Seeds
 
 
 @dataclass
@@ -24,6 +26,10 @@ class Specialization:
         components: which components it propagates.
         owners: for each parameter or buffer input the module that holds it, and its name there.
         with_loss: whether the first result is the loss and the second the model's output.
+        seeds: what the tangents belong to.
+        traced_with: shape, dtype and device of each argument and tangent.
+        others: the arguments that are not tensors.
+        modes: the training flags and autocast.
         run: the final graph, or its lowered form.
     """
 
@@ -32,24 +38,43 @@ class Specialization:
     components: Components
     owners: dict[int, tuple[nn.Module, str]]
     with_loss: bool
+    seeds: Seeds
+    traced_with: list[tuple[torch.Size, torch.dtype, torch.device]]
+    others: list[Any]
+    modes: list[Any]
     run: Callable[..., Any]
 
     @property
     def stages(self) -> dict[str, fx.GraphModule]:
         return self.compiled.stages
 
-    def __call__(self, call: Call, tangents: Sequence[Tensor]) -> HyperDual:
+    def stacks_of(self, tangents: Any) -> list[Tensor] | None:
+        """The tangents in the graph's order, or None if they are not for the same seeds; Dynamo reads this."""
+        if isinstance(tangents, dict) and self.seeds.by_name:
+            given = [name for name in tangents if tangents[name] is not None]
+            same = len(given) == len(self.seeds.given_as) and all(name in given for name in self.seeds.given_as)
+            return [tangents[name] for name in self.seeds.given_as] if same else None
+        leaves = pytree.tree_leaves(tangents)
+        present = [leaf is not None for leaf in leaves]
+        return [leaf for leaf in leaves if leaf is not None] if present == self.seeds.present else None
+
+    def fits(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor], others: list[Any], modes: list[Any]) -> bool:
+        """Whether this was traced with these shapes, dtypes, devices, other arguments and modes; Dynamo reads this."""
+        shapes = [(t.shape, t.dtype, t.device) for t in (*tensors, *stacks)]
+        return shapes == self.traced_with and others == self.others and modes == self.modes
+
+    def __call__(self, tensors: Sequence[Tensor], tangents: Sequence[Tensor]) -> HyperDual:
         """Evaluate; buffers and arguments that the model changes are updated from the primal, once."""
-        inputs = self.inputs(call)
+        inputs = self.inputs(tensors)
         flat = self.run(*inputs, *tangents)
         return self.result(flat, inputs)
 
-    def inputs(self, call: Call) -> list[Tensor]:
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The current value of every primal input, in the graph's order."""
         values: list[Tensor] = []
         for i, what in enumerate(self.program.inputs):
             if what.kind == "argument":
-                values.append(call.tensors[what.index])
+                values.append(tensors[what.index])
             elif what.kind == "constant":
                 assert what.tensor is not None
                 values.append(what.tensor)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx import lower
 from fomoh_fx.capture import Call, capture
-from fomoh_fx.errors import ArgumentError
+from fomoh_fx.errors import ArgumentError, SpecialisationError
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.passes import pipeline
-from fomoh_fx.seeds import Seeds, parameter_seeds, input_seeds, selected_parameters
+from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, selected_parameters
 from fomoh_fx.specialization import Specialization, owners_of
 
 Curvature = Literal["hessian", "ggn"]
@@ -82,8 +84,9 @@ class HyperDualModule(nn.Module):
         self.__dict__.update(model=model, loss=loss)
         self.second_order, self.curvature = second_order, curvature
         self.wrt = wrt if isinstance(wrt, str) else tuple(wrt)
-        self.lowering: Callable[[fx.GraphModule], Callable[..., Any]] = lower.eager
+        self.lowering: lower.Lowering = lower.eager
         self._specializations: dict[Any, Specialization] = {}
+        self._traced: list[Specialization] = []  # the same, for Dynamo, which cannot read the keys
         self._latest: Specialization | None = None
         if self.wrt != "inputs":
             selected_parameters(self.module, self.wrt)
@@ -110,10 +113,25 @@ class HyperDualModule(nn.Module):
                 outside ``wrt``; the message begins with ``tangents``.
             CaptureError, UnsupportedOpError: the model cannot be captured, or has an operator without exact rule.
         """
+        if torch.compiler.is_compiling():
+            return self._forward_under_dynamo(args, kwargs, tangents, targets)
         call, seeds = self._bind(args, kwargs, tangents, targets)
         specialization = self._specialize(call, seeds)
         with torch.no_grad():
-            return specialization(call, seeds.stacks)
+            return specialization(call.tensors, seeds.stacks)
+
+    def _forward_under_dynamo(self, args: Any, kwargs: Any, tangents: Any, targets: Any) -> HyperDual:
+        """What torch.compile(hd) traces: only what Dynamo can read, choosing among the specialisations that exist."""
+        leaves = pytree.tree_leaves((args, kwargs, () if targets is None else tuple(targets)))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        modes = self._modes()
+        for specialization in self._traced:
+            stacks = specialization.stacks_of(tangents)
+            if stacks is not None and specialization.fits(tensors, stacks, others, modes):
+                with torch.no_grad():
+                    return specialization(tensors, stacks)
+        return _refuse_untraced()
 
     def trace(
         self, *args: Any, tangents: Any = None, targets: Sequence[Any] | None = None, **kwargs: Any
@@ -139,6 +157,7 @@ class HyperDualModule(nn.Module):
         key = self._signature(call, seeds)
         if key not in self._specializations:
             self._specializations[key] = self._compile(call, seeds)
+            self._traced.append(self._specializations[key])
         self._latest = self._specializations[key]
         return self._latest
 
@@ -146,14 +165,18 @@ class HyperDualModule(nn.Module):
         """Everything that the graph depends on, hashable."""
         tensors = tuple((t.shape, t.dtype, t.device) for t in call.tensors)
         state = tuple((t.shape, t.dtype, t.device) for t in (*self.module.parameters(), *self.module.buffers()))
-        modes = tuple(m.training for m in self.module.modules())
-        if isinstance(self.loss, nn.Module):
-            modes += tuple(m.training for m in self.loss.modules())
         others = tuple((type(o), _hashable(o)) for o in call.others)
-        autocast = tuple(
-            (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
-        )
-        return call.spec, tensors, state, modes, others, autocast, torch.get_default_dtype(), seeds.key
+        return call.spec, tensors, state, tuple(self._modes()), others, torch.get_default_dtype(), seeds.key
+
+    def _modes(self) -> list[Any]:
+        """The flags that change what the model does: training of every submodule, and autocast."""
+        modes: list[Any] = [m.training for m in self.module.modules()]
+        if isinstance(self.loss, nn.Module):
+            modes += [m.training for m in self.loss.modules()]
+        for device in ("cpu", "cuda"):
+            enabled = torch.is_autocast_enabled(device)
+            modes += [enabled, torch.get_autocast_dtype(device) if enabled else None]
+        return modes
 
     def _compile(self, call: Call, seeds: Seeds) -> Specialization:
         program = capture(self.model, self.loss, call, _argument_names(self.model, call))
@@ -173,9 +196,10 @@ class HyperDualModule(nn.Module):
         modules = {"": self.module}
         if isinstance(self.loss, nn.Module):
             modules["loss"] = self.loss
+        traced_with = [(t.shape, t.dtype, t.device) for t in (*call.tensors, *seeds.stacks)]
         return Specialization(
-            program, compiled, components, owners_of(program, modules), self.loss is not None,
-            self.lowering(compiled.final),
+            program, compiled, components, owners_of(program, modules), self.loss is not None, replace(seeds, stacks=()), traced_with,
+            list(call.others), self._modes(), self.lowering(compiled.final),
         )  # fmt: skip
 
     def train(self, mode: bool = True) -> HyperDualModule:
@@ -184,6 +208,38 @@ class HyperDualModule(nn.Module):
         if isinstance(self.model, nn.Module):
             self.model.train(mode)
         return self
+
+
+def compile(hd: HyperDualModule, **options: Any) -> HyperDualModule:
+    """The same expansion, lowered by torch.compile to one program for each signature.
+
+    Args:
+        hd: a transformed model; it stays as it is, and shares the model with the result.
+        options: for ``torch.compile``: ``mode``, ``backend``, ``options``.
+
+    Returns:
+        A :class:`HyperDualModule` that compiles each signature at its first call. Random operators draw other numbers
+        than in eager mode unless ``torch._inductor.config.fallback_random`` is set.
+
+    Raises:
+        ArgumentError: ``hd`` is not a transformed model.
+    """
+    if not isinstance(hd, HyperDualModule):
+        raise ArgumentError(f"hd: expected the result of fomoh_fx.transform, got {type(hd).__name__}")
+    compiled = HyperDualModule(hd.model, hd.loss, wrt=hd.wrt, second_order=hd.second_order, curvature=hd.curvature)
+    compiled.lowering = partial(lower.inductor, **options)
+    return compiled
+
+
+_UNTRACED = (
+    "torch.compile(hd) met a signature that was not traced: call hd once, or hd.trace(...), with arguments of these "
+    "shapes first, or use fomoh_fx.compile(hd), which traces by itself"
+)
+
+
+@torch.compiler.disable(reason=_UNTRACED)
+def _refuse_untraced() -> HyperDual:
+    raise SpecialisationError(_UNTRACED)
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -232,6 +288,3 @@ def _readable(function: Callable[..., Any], path: Any) -> str:
     except (TypeError, ValueError):
         name = f"argument_{first.idx}"
     return name + tail
-
-
-_ = Mapping

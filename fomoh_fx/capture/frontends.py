@@ -61,7 +61,9 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         except FomohError:
             raise
         except Exception as error:
-            import os; os.environ.get("DBG") and __import__("traceback").print_exc()
+            import os
+
+            os.environ.get("DBG") and __import__("traceback").print_exc()
             refused.append(f"{name}: {_reason(error)}")
             continue
         program.refused = refused
@@ -140,7 +142,9 @@ def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Prog
     owned = {**dict(root.named_parameters()), **dict(root.named_buffers())}
     tensors = root.call.tensors
     if dynamic_shapes is not None:
-        raise CaptureError("dynamic_shapes: torch.export could not capture the model, and only it captures dynamic shapes")
+        raise CaptureError(
+            "dynamic_shapes: torch.export could not capture the model, and only it captures dynamic shapes"
+        )
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [fake_mode.from_tensor(t, static_shapes=True) for t in (*owned.values(), *tensors)]
 

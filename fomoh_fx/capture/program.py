@@ -116,7 +116,9 @@ class Root(nn.Module):
                 places.append(_Constant(leaf))
         self.observed.structure = Structure(spec, places)
         if not any(t.is_floating_point() or t.is_complex() for t in found):
-            raise ArgumentError(f"model: returns no floating-point tensor, so it has no derivative (it returned {result!r})")
+            raise ArgumentError(
+                f"model: returns no floating-point tensor, so it has no derivative (it returned {result!r})"
+            )
         return found
 
 
@@ -124,7 +126,9 @@ def _check_loss(value: Any) -> None:
     if not isinstance(value, Tensor):
         raise ArgumentError(f"loss: must return a scalar tensor, got {type(value).__name__}")
     if value.dim() != 0:
-        raise ArgumentError(f"loss: must return a scalar tensor, got shape {tuple(value.shape)}; reduce it, e.g. by mean()")
+        raise ArgumentError(
+            f"loss: must return a scalar tensor, got shape {tuple(value.shape)}; reduce it, e.g. by mean()"
+        )
     if not value.is_floating_point():
         raise ArgumentError(f"loss: must return a real floating-point tensor, got {value.dtype}")
 

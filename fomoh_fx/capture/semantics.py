@@ -20,6 +20,7 @@ from fomoh_fx.operators import ORIGINAL_APPLY, FunctionCall
 
 ops = torch.ops.fomoh_fx
 
+
 def _record_function(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
     if function is torch.utils.checkpoint.CheckpointFunction:  # recomputation changes memory, not derivatives
         run, _preserve_random_state, *inputs = args
@@ -54,8 +55,10 @@ def _is_real(tensor: Tensor) -> bool:
 
 def _mutates(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
-    return name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__")) or (
-        name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__invert__")
+    return (
+        name in ("__setitem__", "__set__")
+        or (name.endswith("_") and not name.endswith("__"))
+        or (name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__invert__"))
     )
 
 
