@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 from fomoh_fx.errors import FomohError, UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined, primal_of
 from fomoh_fx.passes import provenance
+from fomoh_fx.passes.label import label, renamed
 from fomoh_fx.passes.normalize import inputs_of
-from fomoh_fx.passes.retrace import last_node, node_of, recorded_nodes, retrace
+from fomoh_fx.passes.retrace import last_node, retrace
 from fomoh_fx.rules.registry import Operator, rule_for
 
 
@@ -56,19 +57,19 @@ class Scope:
 class Expander(fx.Interpreter):
     """Interprets a graph on hyper-dual values, each node by its rule; inputs without components are plain tensors."""
 
-    def __init__(self, module: fx.GraphModule, components: Components, scope: Scope, label: bool = True) -> None:
+    def __init__(self, module: fx.GraphModule, components: Components, scope: Scope, labelled: bool = True) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self.components, self.scope, self.label = components, scope, label
+        self.components, self.scope, self.labelled = components, scope, labelled
         self.extra_traceback = False  # errors of ours say where in the user's own code
         self.tangents_only = replace(components, second_order=None)
         self.current: fx.Node | None = None
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
-        before = last_node() if self.label else None
+        before = last_node() if self.labelled else None
         result = super().run_node(n)
-        if self.label:
-            _record_provenance(n, before, result)
+        if self.labelled:
+            label(n, before, result)
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -94,8 +95,6 @@ class Expander(fx.Interpreter):
 
 
 def _explained(node: fx.Node, reason: str) -> str:
-    if reason.startswith("operator "):
-        return reason
     source = provenance.of(node).source
     where = f"\n  at {source}" if source else ""
     return f"operator {node.target}: {reason}{where}\n  fomoh_fx.register_rule({node.target}, rule) gives it a rule"
@@ -120,26 +119,6 @@ def _fitted(part: Tensor | None, primal: Tensor, count: int) -> Tensor | None:
         part = part.to(primal.dtype)
     shape = (count, *primal.shape)
     return part if tuple(part.shape) == shape else part.expand(shape)
-
-
-def _record_provenance(n: fx.Node, before: fx.Node | None, result: Any) -> None:
-    """Label the new nodes by the first component that needs them, and name the results after the primal node."""
-    fresh = set(recorded_nodes(before))
-    origin = provenance.of(n)
-    values = pytree.tree_leaves(result, is_leaf=lambda x: isinstance(x, HyperDual))
-    for component in provenance.COMPONENTS:
-        parts = [getattr(v, component) if isinstance(v, HyperDual) else v if component == "primal" else None for v in values]
-        roots = [node for part in parts if (node := node_of(part)) is not None and node in fresh]
-        for root in roots if len(roots) == 1 and n.op == "call_function" else ():
-            root._rename(n.name if component == "primal" else f"{n.name}_{component}")
-        while roots:
-            node = roots.pop()
-            if node in fresh:
-                fresh.discard(node)
-                node.meta[provenance.KEY] = provenance.Provenance(n.name, component, origin.source)
-                roots += node.all_input_nodes
-    for node in fresh:
-        node.meta[provenance.KEY] = provenance.Provenance(n.name, "primal", origin.source)
 
 
 def expand(
@@ -175,16 +154,14 @@ def expand(
         return (*primal_of(outputs), *(t for _, t in with_tangent), *crosses)
 
     expanded = retrace(expansion, [*inputs, *tangents])
-    names = [n.name for n in placeholders] + [f"{n.name}_tangent" for n in seeds]
-    for name, node in zip(names, inputs_of(expanded), strict=True):
-        primal, component = (name.removesuffix("_tangent"), "tangent") if node.name not in names else (name, "primal")
-        node._rename(name)
-        node.target = node.name
-        node.meta[provenance.KEY] = provenance.Provenance(primal, component)
+    labels = [(n.name, "primal", n) for n in placeholders] + [(f"{n.name}_tangent", "tangent", n) for n in seeds]
+    for (name, component, n), node in zip(labels, inputs_of(expanded), strict=True):
+        node.name = node.target = name
+        node.meta[provenance.KEY] = provenance.Provenance(n.name, component)
     for node in expanded.graph.nodes:
-        node.meta.setdefault(provenance.KEY, provenance.Provenance(node.name, "cross"))
-    expanded.recompile()
-    return expanded, layout
+        if provenance.KEY not in node.meta and node.op == "call_function":  # what prepares an output
+            node.meta[provenance.KEY] = provenance.of(node.all_input_nodes[0])
+    return renamed(expanded), layout
 
 
 def _tangent_like(value: Tensor, directions: int) -> Tensor:

@@ -1,0 +1,77 @@
+"""Label: the nodes that a rule has just recorded get their provenance, and names that a person can follow.
+
+The result of the primal node ``tanh`` is called ``tanh``, its components ``tanh_tangent`` and ``tanh_cross``, and what
+is computed on the way to one of them ``tanh_cross_mul``. A node that several components need belongs to the first.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fomoh_fx.hyperdual import HyperDual, Undefined
+from fomoh_fx.passes.provenance import COMPONENTS, KEY, Provenance, of
+from fomoh_fx.passes.retrace import node_of, recorded_nodes
+
+_NAME = "name"
+
+
+def label(n: fx.Node, before: fx.Node | None, result: Any) -> None:
+    """Label what the trace has recorded since ``before`` for the node ``n``, whose expansion is ``result``."""
+    fresh = dict.fromkeys(recorded_nodes(before))
+    source = of(n).source
+    values = pytree.tree_leaves(result, is_leaf=lambda x: isinstance(x, (HyperDual, Undefined)))
+    names = _names_of_outputs(n, result, len(values))
+
+    def record(node: fx.Node, primal: str, component: str, name: str) -> list[fx.Node]:
+        fresh.pop(node)
+        node.meta[KEY] = Provenance(primal, component, source)
+        if node.op == "call_function":
+            node.meta[_NAME] = name
+        return node.all_input_nodes
+
+    for component in COMPONENTS:
+        needed: list[fx.Node] = []
+        for value, primal in zip(values, names, strict=True):
+            node = node_of(_part(value, component))
+            if node is not None and node in fresh:
+                needed += record(node, primal, component, primal if component == "primal" else f"{primal}_{component}")
+        while needed:
+            node = needed.pop()
+            if node in fresh:
+                needed += record(node, n.name, component, f"{n.name}_{component}_{_operation(node)}")
+    for node in list(fresh):
+        record(node, n.name, "primal", f"{n.name}_primal_{_operation(node)}")
+
+
+def _part(value: Any, component: str) -> Any:
+    if isinstance(value, (HyperDual, Undefined)):
+        return getattr(value, component, None)
+    return value if component == "primal" else None
+
+
+def _names_of_outputs(n: fx.Node, result: Any, count: int) -> list[str]:
+    """The primal's name of each output: of several, the names under which the graph takes them out."""
+    if not isinstance(result, (tuple, list)):
+        return [n.name] * count
+    taken = {user.args[1]: user.name for user in n.users if user.target is operator.getitem}
+    return [taken.get(i, f"{n.name}_{i}") for i in range(count)]
+
+
+def _operation(node: fx.Node) -> str:
+    """The operator in a node's name, without its number."""
+    return re.sub(r"_\d+$", "", node.name).strip("_")
+
+
+def renamed(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph under the recorded names, some of which were taken while the trace was under way."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        node.name = node.meta.pop(_NAME, node.name)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(module, graph)
