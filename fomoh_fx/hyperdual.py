@@ -38,6 +38,16 @@ def _pair_indices(directions: int, device: torch.device) -> tuple[Tensor, Tensor
         return rows.clone(), columns.clone()
 
 
+@lru_cache(maxsize=256)
+def _square_positions(directions: int, device: torch.device) -> Tensor:
+    """The number of the plane component (i, j) at [i, j] and [j, i]."""
+    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+        rows, columns = torch.triu_indices(directions, directions)
+        position = torch.zeros(directions, directions, dtype=torch.int64)
+        position[rows, columns] = position[columns, rows] = torch.arange(len(rows))
+        return position.to(device)
+
+
 @dataclass(frozen=True)
 class Components:
     """Which components are propagated: K tangents, and C fixed combinations S_c of the pairs.
@@ -138,10 +148,7 @@ class HyperDual:
                 f"second_order={components.second_order!r}"
             )
         k = components.directions
-        position = torch.zeros(k, k, dtype=torch.int64)
-        for c, (i, j) in enumerate(components.pairs):
-            position[i, j] = position[j, i] = c
-        return pytree.tree_map_only(Tensor, lambda leaf: leaf[position.to(leaf.device)], self.cross)
+        return pytree.tree_map_only(Tensor, lambda leaf: leaf[_square_positions(k, leaf.device)], self.cross)
 
     # The paper's names for one hyper-dual number (real, eps1, eps2, eps1eps2): one direction twice, or two directions.
 
