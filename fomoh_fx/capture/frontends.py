@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
@@ -67,9 +70,18 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
             refused.append(f"{name}: {_reason(error)}")
             continue
         program.refused = refused
+        _name_inputs(program)
         return program
     reasons = "\n  ".join(refused)
     raise CaptureError(f"model: no frontend could capture it as one graph\n  {reasons}")
+
+
+def _name_inputs(program: Program) -> None:
+    """Inputs get the names that the user knows: ``layer_0_weight``, ``x``."""
+    for node, what in zip(program.placeholders, program.inputs, strict=True):
+        node._rename(re.sub(r"\W", "_", what.name))
+        node.target = node.name
+    program.module.recompile()
 
 
 @contextmanager
@@ -79,13 +91,13 @@ def _tracing_state() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(fx.traceback.preserve_node_meta())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about PyTorch's own calls
         yield
 
 
 def _reason(error: Exception) -> str:
     """The first line of what a frontend said, and the user's line that it was at."""
-    import traceback
-
     trace = "".join(traceback.format_tb(error.__traceback__))
     where = source_line(trace)
     message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
