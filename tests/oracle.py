@@ -28,12 +28,35 @@ def reverse_over_reverse(
         for e, element in enumerate(y.reshape(-1)):
             gradient = _grad(element, leaves)
             for i in range(k):
-                slope = sum((g * d[i]).sum() for g, d in zip(gradient, directions, strict=True))
+                slope = _along(gradient, [d[i] for d in directions])
                 tangents[i, e] = slope.detach()
                 second = _grad(slope, leaves)
                 for j in range(k):
-                    crosses[i, j, e] = sum((g * d[j]).sum() for g, d in zip(second, directions, strict=True)).detach()
+                    crosses[i, j, e] = _along(second, [d[j] for d in directions]).detach()
     return y.detach(), tangents.reshape(k, *y.shape), crosses.reshape(k, k, *y.shape)
+
+
+def slopes(function: Callable[..., Tensor], xs: Sequence[Tensor], directions: Sequence[Tensor], truth: str) -> Tensor:
+    """The tangents alone, by one backward pass for each element of the output or by finite differences."""
+    if truth == "difference":
+        step = 1e-5
+        moved = [
+            [[x + h * d_k for x, d_k in zip(xs, d, strict=True)] for h in (step, -step)]
+            for d in zip(*directions, strict=True)
+        ]
+        return torch.stack([(function(*right) - function(*left)) / (2 * step) for right, left in moved]).detach()
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        leaves = [x.detach().clone().requires_grad_() for x in xs]
+        y = function(*leaves)
+        gradients = [_grad(element, leaves) for element in y.reshape(-1)]
+        found = [[_along(gradient, d) for gradient in gradients] for d in zip(*directions, strict=True)]
+        return torch.stack([torch.stack(row) for row in found]).reshape(-1, *y.shape).detach()
+
+
+def _along(gradient: Sequence[Tensor], direction: Sequence[Tensor]) -> Tensor:
+    """<g, d>; PyTorch's gradient of a real function of z = a + bi is df/da + i df/db, so that is Re(conj(g) d)."""
+    products = (g.conj() * d if g.is_complex() else g * d for g, d in zip(gradient, direction, strict=True))
+    return sum(p.real.sum() if p.is_complex() else p.sum() for p in products)  # type: ignore[return-value]
 
 
 def _grad(y: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:

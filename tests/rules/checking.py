@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 import fomoh_fx
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.rules.registry import COMPOSITES, RULES
-from tests.oracle import finite_differences, relative_error, reverse_over_reverse
+from tests.oracle import finite_differences, relative_error, reverse_over_reverse, slopes
 
 
 @dataclass
@@ -65,13 +65,19 @@ def check(op: Any, sample: Sample, second_order: str = "plane", directions: int 
     oracle = reverse_over_reverse if sample.truth == "reverse" else finite_differences
     y, tangents, crosses = oracle(projected, xs, vs)
     components = Components(directions, second_order)  # type: ignore[arg-type]
-    results = _by_rule(op, leaves, spec, active, vs, components) if op in RULES else _by_transform(call, xs, vs, second_order)
+    cross = _combine(crosses, components)
+    if op in RULES:
+        cs = [torch.randn(components.count, *x.shape, dtype=x.dtype, generator=generator) for x in xs]
+        cross = cross + slopes(projected, xs, cs, sample.truth)
+        results = _by_rule(op, leaves, spec, active, vs, cs, components)
+    else:
+        results = _by_transform(call, xs, vs, second_order)
     results = [r for r in results if _differentiable(r.primal)]
     assert len(results) == len(weights)
     expected = {
         "primal": y,
         "tangent": tangents,
-        "cross": _combine(crosses, components),
+        "cross": cross,
     }
     lead = {"primal": (), "tangent": (directions,), "cross": (components.count,)}
     for part, truth in expected.items():
@@ -80,10 +86,12 @@ def check(op: Any, sample: Sample, second_order: str = "plane", directions: int 
             value = getattr(result, part)
             if value is not None:
                 assert value.dtype == result.primal.dtype, f"{part} has dtype {value.dtype}, not {result.primal.dtype}"
-                value = value.expand(*lead[part], *result.primal.shape)
+                value = value.expand((*lead[part], *result.primal.shape))
                 actual = actual + _real(value).reshape(*lead[part], -1).double() @ weight.T
         error = relative_error(actual, truth)
-        assert error < (sample.tolerance if sample.truth == "reverse" else 1e-5), f"{op} {sample.name} {part}: {error:.1e}"
+        assert error < (sample.tolerance if sample.truth == "reverse" else 1e-5), (
+            f"{op} {sample.name} {part}: {error:.1e}"
+        )
 
 
 def _combine(crosses: Tensor, components: Components) -> Tensor:
@@ -92,9 +100,15 @@ def _combine(crosses: Tensor, components: Components) -> Tensor:
 
 
 def _by_rule(
-    op: Any, leaves: list[Any], spec: Any, active: Sequence[int], vs: Sequence[Tensor], components: Components
+    op: Any,
+    leaves: list[Any],
+    spec: Any,
+    active: Sequence[int],
+    vs: Sequence[Tensor],
+    cs: Sequence[Tensor],
+    components: Components,
 ) -> list[HyperDual]:
-    at = {i: HyperDual(leaves[i], v) for i, v in zip(active, vs, strict=True)}
+    at = {i: HyperDual(leaves[i], v, c) for i, v, c in zip(active, vs, cs, strict=True)}
     args, kwargs = pytree.tree_unflatten([at.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
     result = RULES[op](op, components, *args, **kwargs)
     found = pytree.tree_leaves(result, is_leaf=lambda x: isinstance(x, HyperDual))
