@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, add
-from fomoh_fx.rules.registry import Rule, register
+from fomoh_fx.rules.registry import Composite, Rule, register
 from fomoh_fx.rules.stacking import batched, fold, primals
 
 aten = torch.ops.aten
@@ -59,26 +60,29 @@ def bilinear(i: int = 0, j: int = 1) -> Rule:
 
     def rule(op: Callable[..., Tensor], components: Components, *args: Any, **kwargs: Any) -> HyperDual:
         plain, options = primals(args, kwargs)
-        y = op(*plain, **options)
-
-        def both(x: Tensor, w: Tensor) -> Tensor:
-            return batched(op, plain, options, {i: x, j: w})
-
-        def table(x: Tensor, w: Tensor) -> Tensor:
-            return torch.vmap(lambda x_i: torch.vmap(lambda w_j: op(*_with(plain, {i: x_i, j: w_j}), **options))(w))(x)
-
-        def pairs(components: Components, x: Tensor, w: Tensor) -> Tensor:
-            return components.gather(table(x, w)) if components.spans_pairs else components.product(both, x, w)
-
-        forms = Forms(
-            left=lambda x, _: batched(op, plain, options, {i: x}),
-            right=lambda _, w: batched(op, plain, options, {j: w}),
-            pairs=pairs,
-        )
-        return expand(forms, components, y, args[i], args[j])
+        return expand(forms_of(op, plain, options, i, j), components, op(*plain, **options), args[i], args[j])
 
     rule.kind = "bilinear"  # type: ignore[attr-defined]
     return rule
+
+
+def forms_of(op: Callable[..., Tensor], args: tuple[Any, ...], options: dict[str, Any], i: int, j: int) -> Forms:
+    """The forms of any operator that is linear in its arguments number i and j, by vmap."""
+
+    def both(x: Tensor, w: Tensor) -> Tensor:
+        return batched(op, args, options, {i: x, j: w})
+
+    def table(x: Tensor, w: Tensor) -> Tensor:
+        return torch.vmap(lambda x_i: torch.vmap(lambda w_j: op(*_with(args, {i: x_i, j: w_j}), **options))(w))(x)
+
+    def pairs(components: Components, x: Tensor, w: Tensor) -> Tensor:
+        return components.gather(table(x, w)) if components.spans_pairs else components.product(both, x, w)
+
+    return Forms(
+        left=lambda x, _: batched(op, args, options, {i: x}),
+        right=lambda _, w: batched(op, args, options, {j: w}),
+        pairs=pairs,
+    )
 
 
 def _with(args: tuple[Any, ...], at: dict[int, Any]) -> list[Any]:
@@ -89,7 +93,7 @@ def _with(args: tuple[Any, ...], at: dict[int, Any]) -> list[Any]:
 
 
 def _mm_pairs(components: Components, x: Tensor, w: Tensor) -> Tensor:
-    """All K x K products [N, D] @ [D, M] as one product [K*N, D] @ [D, K*M], or a trace's sum as one [N, K*D] @ [K*D, M]."""
+    """All K x K products [N, D] @ [D, M] as one [K*N, D] @ [D, K*M], or a trace's sum as one [N, K*D] @ [K*D, M]."""
     k = components.directions
     if components.second_order == "trace":
         long = aten.mm(x.movedim(0, 1).reshape(x.shape[1], -1), fold(w))
@@ -153,18 +157,146 @@ for ops, rule in {aten.mm.default: _mm, aten.bmm.default: _bmm, aten.linear.defa
 
 def _convolution(op: Any, components: Components, x: Any, w: Any, b: Any, *options: Any) -> HyperDual:
     """Bilinear in input and weight; the bias [O] is added once for each of its components."""
-    y = op(*primals((x, w, b, *options), {})[0])
-    result = bilinear(0, 1)(op, components, x, w, None, *options) if _active(x, w) else HyperDual(y)
-    parts = [result.tangent, result.cross]
-    if isinstance(b, HyperDual):
-        shape = [1] * (y.ndim - 2)
-        lift = [None if p is None else p.reshape(p.shape[0], 1, -1, *shape) for p in (b.tangent, b.cross)]
-        parts = [add(part, lifted) for part, lifted in zip(parts, lift, strict=True)]
-    return HyperDual(y, *parts)
+    plain = primals((x, w, b, *options), {})[0]
+    y = op(*plain)
+    result = expand(forms_of(op, (*plain[:2], None, *options), {}, 0, 1), components, y, x, w)
+    if not isinstance(b, HyperDual):
+        return result
+    lift = [None if p is None else p.reshape(p.shape[0], 1, -1, *[1] * (y.ndim - 2)) for p in (b.tangent, b.cross)]
+    return HyperDual(y, add(result.tangent, lift[0]), add(result.cross, lift[1]))
 
 
-def _active(*args: Any) -> bool:
-    return any(isinstance(a, HyperDual) for a in args)
+def _grouped_mm(
+    op: Any, components: Components, x: Any, w: Any, offs: Any = None, *rest: Any, **kwargs: Any
+) -> HyperDual:
+    """Rows [M, D] in groups that end at ``offs``, each times its own [D, N] of w [G, D, N].
+
+    Components of x are more rows of the same group, components of w more columns.
+    """
+    plain, options = primals((x, w, offs, *rest), kwargs)
+    x_primal, w_primal = plain[:2]
+    if x_primal.ndim != 2 or w_primal.ndim != 3 or any(r is not None for r in (*rest, *kwargs.values())):
+        raise UnsupportedOpError(
+            "grouped products are differentiated for rows [M, D] with weights [G, D, N] and without bias or out_dtype, "
+            f"not for {list(x_primal.shape)} and {list(w_primal.shape)}; write other forms with torch.bmm"
+        )
+    m, n = x_primal.shape[0], w_primal.shape[2]
+
+    def left(x: Tensor, w: Tensor) -> Tensor:
+        rows = x.movedim(0, 1).reshape(-1, x.shape[2])
+        return op(rows, w, offs * x.shape[0]).reshape(m, x.shape[0], -1).movedim(1, 0)
+
+    def right(x: Tensor, w: Tensor) -> Tensor:
+        columns = w.permute(1, 2, 0, 3).reshape(w.shape[1], w.shape[2], -1)
+        return op(x, columns, offs).reshape(x.shape[0], w.shape[0], n).movedim(1, 0)
+
+    def pairs(components: Components, x: Tensor, w: Tensor) -> Tensor:
+        k = components.directions
+        columns = w.permute(1, 2, 0, 3).reshape(w.shape[1], w.shape[2], -1)
+        table = left(x, columns).reshape(k, m, k, n)
+        return components.gather(table, 0, 2)
+
+    return expand(Forms(left, right, pairs), components, op(*plain, **options), x, w)
 
 
-register(aten.convolution.default, _convolution, "bilinear")
+def _refused(reason: str) -> Rule:
+    def rule(op: Any, components: Components, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedOpError(reason)
+
+    rule.kind = "refused"  # type: ignore[attr-defined]
+    return rule
+
+
+# Composites of the products above. A factor of one is not multiplied by, and beta = 0 drops its term, as PyTorch does.
+
+
+def _sum(term: Tensor, beta: Any, product: Tensor, alpha: Any) -> Tensor:
+    product = product if alpha == 1 else product * alpha
+    return product if beta == 0 else (term if beta == 1 else term * beta) + product
+
+
+def _added(multiply: Phi) -> Composite:
+    """beta * input + alpha * multiply(x, w)."""
+
+    def body(term: Tensor, x: Tensor, w: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+        y = _sum(term, beta, multiply(x, w), alpha)
+        return y.expand(torch.broadcast_shapes(y.shape, term.shape))
+
+    return Composite(body)
+
+
+def _mv(x: Tensor, w: Tensor) -> Tensor:
+    return aten.mm(x, w.unsqueeze(1)).squeeze(1)
+
+
+def _dot(x: Tensor, w: Tensor) -> Tensor:
+    return aten.mm(x.unsqueeze(0), w.unsqueeze(1)).reshape(())
+
+
+def _outer(x: Tensor, w: Tensor) -> Tensor:
+    return x.unsqueeze(1) * w.unsqueeze(0)
+
+
+def _kron(x: Tensor, w: Tensor) -> Tensor:
+    """Every element of x times the whole of w, the axes interleaved."""
+    rank = max(x.ndim, w.ndim)
+    x, w = (t.reshape(*[1] * (rank - t.ndim), *t.shape) for t in (x, w))
+    product = x.reshape(*(n for size in x.shape for n in (size, 1))) * w.reshape(
+        *(n for size in w.shape for n in (1, size))
+    )
+    return product.reshape([a * b for a, b in zip(x.shape, w.shape, strict=True)])
+
+
+def _bilinear_form(x: Tensor, u: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """y_o = x^T w_o u + b_o with w [O, I, J]: first x w as one product, then a product for each sample."""
+    rows = x.shape[:-1]
+    outer, inner, last = w.shape
+    left = aten.mm(x.reshape(-1, inner), w.movedim(0, 1).reshape(inner, -1)).reshape(-1, outer, last)
+    y = aten.bmm(left, u.reshape(-1, last, 1)).reshape(*rows, outer)
+    return y if b is None else y + b
+
+
+def _trilinear(
+    x: Tensor, w: Tensor, u: Tensor, expand1: Any, expand2: Any, expand3: Any, sumdim: Any, unroll_dim: int = 1
+) -> Tensor:
+    """The product of three tensors with new axes of size one, summed over ``sumdim``."""
+    for axes, at in ((expand1, 0), (expand2, 1), (expand3, 2)):
+        for axis in axes:
+            x, w, u = (t.unsqueeze(axis) if n == at else t for n, t in enumerate((x, w, u)))
+    return (x * w * u).sum(sumdim)
+
+
+def _addcmul(term: Tensor, x: Tensor, w: Tensor, *, value: Any = 1) -> Tensor:
+    return _sum(term, 1, x * w, value)
+
+
+def _addcdiv(term: Tensor, x: Tensor, w: Tensor, *, value: Any = 1) -> Tensor:
+    return _sum(term, 1, x / w, value)
+
+
+register([aten.convolution.default, aten._convolution.default], _convolution, "bilinear")
+register(aten._grouped_mm.default, _grouped_mm, "bilinear")
+register(aten.linalg_cross.default, bilinear(0, 1))
+
+PRODUCTS: dict[Any, Composite] = {
+    aten.addmm.default: _added(aten.mm.default),
+    aten.baddbmm.default: _added(aten.bmm.default),
+    aten.addbmm.default: _added(lambda x, w: aten.bmm(x, w).sum(0)),
+    aten.addmv.default: _added(_mv),
+    aten.addr.default: _added(_outer),
+    aten.mv.default: Composite(_mv),
+    aten.dot.default: Composite(_dot),
+    aten.vdot.default: Composite(lambda x, w: _dot(x.conj(), w)),
+    aten.outer.default: Composite(_outer),
+    aten.ger.default: Composite(_outer),
+    aten.kron.default: Composite(_kron),
+    aten.bilinear.default: Composite(_bilinear_form),
+    aten._trilinear.default: Composite(_trilinear),
+    aten.addcmul.default: Composite(_addcmul),
+    aten.addcdiv.default: Composite(_addcdiv),
+}
+for ops, composite in PRODUCTS.items():
+    register(ops, composite)
+
+_SCALED = "products of scaled low-precision values have no derivative in PyTorch; dequantise and use torch.mm"
+register([aten._scaled_mm.default, aten._scaled_grouped_mm.default], _refused(_SCALED))
