@@ -144,13 +144,6 @@ class Program:
     frontend: str
     refused: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        """The graph's inputs are called as the model calls them."""
-        for node, what in zip(self.placeholders, self.inputs, strict=True):
-            node._rename(what.name.replace(".", "_"))
-            node.target = node.name
-        self.module.recompile()
-
     @property
     def placeholders(self) -> list[fx.Node]:
         return self.module.graph.find_nodes(op="placeholder")
