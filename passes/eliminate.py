@@ -1,20 +1,28 @@
 """Eliminate: drop every node whose value nobody uses.
 
-Contract: a functional graph in, the same graph without dead nodes out; inputs and outputs stay as they are. Random
-operators are dropped too: an unused draw changes no result.
+Contract: a functional graph in, the same graph without dead nodes out; inputs, outputs and assertions on data stay as
+they are. Random operators are dropped too: an unused draw changes no result.
 """
 
 from __future__ import annotations
 
 from torch import fx
+from torch._ops import OpOverload
 
 
 def eliminate(module: fx.GraphModule) -> fx.GraphModule:
     """Remove dead nodes and the attributes that only they used."""
-    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    module.graph.eliminate_dead_code(is_impure_node=is_effect)
     module.delete_all_unused_submodules()
     used = {node.target for node in module.graph.find_nodes(op="get_attr")}
     for name in [n for n, _ in module.named_buffers(recurse=False) if n not in used]:
         delattr(module, name)
     module.recompile()
     return module
+
+
+def is_effect(node: fx.Node) -> bool:
+    """Whether the node is not there for its value: an input, the output, an operator that returns nothing (asserts)."""
+    if node.op == "call_function":
+        return isinstance(node.target, OpOverload) and not node.target._schema.returns
+    return node.op in ("placeholder", "output")

@@ -1,8 +1,9 @@
 """Normalize: every operator that a derivative passes through becomes one that has a rule.
 
 Contract: a functional ATen graph in, a functional ATen graph out with the same inputs and outputs. Composites on an
-active path are replaced by their bodies, operators without a rule by PyTorch's own decompositions where those exist,
-and identities (alias, assertions) are dropped. Inactive operators stay whole: nobody differentiates them.
+active path are replaced by their bodies, operators without a rule by PyTorch's own decompositions where those exist.
+Identities (alias) and assertions on shapes and dtypes are dropped. Inactive operators stay whole: nobody differentiates
+them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fomoh_fx.rules.registry import COMPOSITES, RULES
 
 aten = torch.ops.aten
 IDENTITIES = {aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default}
+STATIC_ASSERTIONS = {aten._assert_tensor_metadata.default}  # the signature already says so; those on data stay
 
 
 class _Decompositions(dict[Any, Callable[..., Any]]):
@@ -55,6 +57,8 @@ class _Normalizer(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if target in IDENTITIES:
             return args[0]
+        if target in STATIC_ASSERTIONS:
+            return None
         if self.table.active and target in self.table:
             return self.table[target](*args, **kwargs)
         if self.table.active and is_composite_implicit(target):

@@ -26,7 +26,7 @@ def verify(module: fx.GraphModule, stage: str) -> None:
 def _check_call(node: fx.Node, stage: str) -> None:
     if provenance.KEY not in node.meta:
         raise VerificationError(f"stage {stage}: node {node.name} has lost its provenance")
-    if "val" not in node.meta:
+    if "val" not in node.meta and node.users:
         raise VerificationError(f"stage {stage}: node {node.name} has no recorded value")
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
@@ -34,7 +34,7 @@ def _check_call(node: fx.Node, stage: str) -> None:
             raise VerificationError(f"stage {stage}: node {node.name} mutates an argument ({target})")
         if target in _ZERO_TENSORS:
             raise VerificationError(f"stage {stage}: node {node.name} is a zero without storage ({target})")
-    value = node.meta["val"]
+    value = node.meta.get("val")
     if isinstance(value, Tensor) and value.layout != torch.strided:
         raise VerificationError(f"stage {stage}: node {node.name} is sparse")
 
