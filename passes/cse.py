@@ -1,8 +1,13 @@
 """CSE: compute equal expressions once.
 
 Contract: a functional graph in, an equivalent one out. Two nodes are equal when operator, arguments and keyword
-arguments are; random operators never are. The earlier node stays, with its own provenance.
+arguments are; random operators never are, and two values that the graph returns stay two. The earlier node stays,
+with its own provenance.
 """
+
+# PyTorch's CSEPass merges x + 1 with x + 1.0, whose dtypes differ for an integer x, and its fx_graph_cse keeps every
+# read of a constant, so that nothing that takes the same index vector twice is ever merged; both know the random
+# operators by a list of names, where operators carry a tag.
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fomoh_fx.passes.aliasing import escapes, is_view, root_of
+
 
 def merge_common_subexpressions(module: fx.GraphModule) -> fx.GraphModule:
     """Replace every repeated computation by its first occurrence."""
@@ -20,7 +27,7 @@ def merge_common_subexpressions(module: fx.GraphModule) -> fx.GraphModule:
         if node.op not in ("call_function", "get_attr") or _is_unrepeatable(node):
             continue
         key = _key(node)
-        if key in seen:
+        if key in seen and (is_view(node) or not (escapes(node) and escapes(root_of(seen[key])))):
             node.replace_all_uses_with(seen[key])
             module.graph.erase_node(node)
         else:

@@ -1,104 +1,289 @@
-"""Simplify: algebraic identities that need no knowledge of where a node came from.
+"""Simplify: identities that need no knowledge of where a node came from.
 
 Contract: a functional graph in, an equivalent one with at most as many nodes out. Each rewrite is one function from a
-node to the node that can take its place, or None.
+node to the node that can take its place, or None; it may also change the node itself. None of them decides anything
+about a symbolic size: what is not known to be equal is different. A value that the graph returns stays memory of its
+own where it was.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fomoh_fx.passes.aliasing import escapes, is_view, root_of
 
 aten = torch.ops.aten
 Rewrite = Callable[[fx.Node], fx.Node | None]
 
 
-def _value(node: Any) -> Tensor | None:
+# What is known about values.
+
+
+def value_of(node: Any) -> Tensor | None:
+    """The recorded (fake) tensor of a node."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
 
 
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two sizes, or sequences of sizes, are known to be equal."""
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a == b if isinstance(a, int) and isinstance(b, int) else statically_known_true(a == b)
+
+
 def _same(node: fx.Node, source: Any) -> bool:
     """Whether two nodes hold tensors of one shape, dtype and device."""
-    a, b = _value(node), _value(source)
-    return a is not None and b is not None and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    a, b = value_of(node), value_of(source)
+    return (
+        a is not None and b is not None and (a.dtype, a.device) == (b.dtype, b.device) and _equal([*a.shape], [*b.shape])
+    )
 
 
-def _unchanged(node: fx.Node) -> fx.Node | None:
-    """An operator that only moves data, where the result has the argument's own shape, dtype and device."""
+def _same_layout(node: fx.Node, source: fx.Node) -> bool:
+    a, b = value_of(node), value_of(source)
+    return a is not None and b is not None and _same(node, source) and _equal([*a.stride()], [*b.stride()])
+
+
+def _is_contiguous(node: fx.Node) -> bool:
+    value, expected = value_of(node), 1
+    if value is None:
+        return False
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if not _equal(size, 1) and not _equal(stride, expected):
+            return False
+        expected = expected * size
+    return True
+
+
+def number_in(argument: Any) -> complex | None:
+    """The number that an argument is: a literal, or a tensor filled with one."""
+    if not isinstance(argument, fx.Node):
+        return argument if isinstance(argument, (int, float, complex)) else None
+    filled = _FILLED.get(argument.target)
+    number = filled(argument.args) if filled else None
+    return number if isinstance(number, (int, float, complex)) else None
+
+
+def _zero(args: Any) -> int:
+    return 0
+
+
+def _one(args: Any) -> int:
+    return 1
+
+
+#: Operators that fill a tensor, and the number that they fill it with.
+_FILLED: dict[Any, Callable[[Any], Any]] = {
+    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), _zero),
+    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), _one),
+    **dict.fromkeys((aten.full.default, aten.full_like.default), operator.itemgetter(1)),
+    aten.new_full.default: operator.itemgetter(2),
+    aten.scalar_tensor.default: operator.itemgetter(0),
+}
+
+
+# Operators that only move data.
+
+
+def unchanged(node: fx.Node) -> fx.Node | None:
+    """Nothing is moved: the result has the argument's own shape, dtype and device."""
     source = node.args[0]
     return source if isinstance(source, fx.Node) and _same(node, source) else None
 
 
-def _copied(node: fx.Node) -> fx.Node | None:
-    """A copy of a value that nothing can mutate; a copy made for its layout stays where the layout differs."""
+def copied(node: fx.Node) -> fx.Node | None:
+    """A copy of a value that nothing can mutate; one made for its layout stays where the layout differs."""
     source = node.args[0]
-    if not isinstance(source, fx.Node) or not _same(node, source):
+    return source if isinstance(source, fx.Node) and _same_layout(node, source) else None
+
+
+def reshaped(node: fx.Node) -> fx.Node | None:
+    """view(squeeze(view(x))): x where the shape has come back to x's, and one view of x where x is contiguous."""
+    source = node.args[0]
+    while isinstance(source, fx.Node):
+        if _same(node, source):
+            return source
+        if node.target in _VIEWS and source is not node.args[0] and _is_contiguous(source):
+            node.update_arg(0, source)
+        source = source.args[0] if source.target in _KEEPS_ORDER else None
+    return None
+
+
+def permuted(node: fx.Node) -> fx.Node | None:
+    """permute(permute(x)) is one permutation, or x itself."""
+    dims, source = _permutation(node), node.args[0]
+    if dims is None or not isinstance(source, fx.Node):
         return None
-    a, b = _value(node), _value(source)
-    return source if a is not None and b is not None and a.stride() == b.stride() else None
+    inner = _permutation(source)
+    if inner is not None:
+        dims, source = [inner[d] for d in dims], source.args[0]
+    if dims == list(range(len(dims))):
+        return source  # type: ignore[return-value]
+    if inner is not None:
+        node.target, node.args = aten.permute.default, (source, dims)
+    return None
 
 
-def _reshaped(node: fx.Node) -> fx.Node | None:
-    """A view of a view is one view."""
+def _permutation(node: fx.Node) -> list[int] | None:
+    """Which axis of the argument each axis of the result is, for permute and transpose."""
+    value = value_of(node)
+    if value is None or node.target not in _PERMUTES:
+        return None
+    dims = list(range(value.ndim))
+    if node.target is aten.permute.default:
+        return [d % value.ndim for d in node.args[1]]  # type: ignore[union-attr,operator]
+    if node.target is aten.t.default:
+        return dims[::-1]
+    if dims:
+        a, b = (d % value.ndim for d in node.args[1:3])  # type: ignore[operator]
+        dims[a], dims[b] = dims[b], dims[a]
+    return dims
+
+
+def expanded(node: fx.Node) -> fx.Node | None:
+    """expand(expand(x)) is one expansion."""
+    source, sizes = node.args[:2]
+    if isinstance(source, fx.Node) and source.target is aten.expand.default and -1 not in sizes:  # type: ignore[operator]
+        node.update_arg(0, source.args[0])
+    return unchanged(node)
+
+
+def converted(node: fx.Node) -> fx.Node | None:
+    """A conversion to a wider dtype and back."""
     source = node.args[0]
-    if (same := _unchanged(node)) is not None:
-        return same
-    if isinstance(source, fx.Node) and source.target in _VIEWS:
-        node.replace_input_with(source, source.args[0])
-        return _unchanged(node)
+    if not isinstance(source, fx.Node) or source.target is not aten._to_copy.default:
+        return None
+    first, wide = value_of(source.args[0]), value_of(source)
+    if first is None or wide is None or torch.promote_types(first.dtype, wide.dtype) != wide.dtype:
+        return None
+    return source.args[0] if first.dtype.is_floating_point and _same_layout(node, source.args[0]) else None
+
+
+def padded_by_nothing(node: fx.Node) -> fx.Node | None:
+    return copied(node) if all(isinstance(p, int) and p == 0 for p in node.args[1]) else None  # type: ignore[union-attr]
+
+
+def whole_part(node: fx.Node) -> fx.Node | None:
+    """The only part of a split into one."""
+    source = node.args[0]
+    if isinstance(source, fx.Node) and source.target in _SPLITS and _same(node, source.args[0]):
+        return source.args[0]  # type: ignore[return-value]
     return None
 
 
-def _permuted(node: fx.Node) -> fx.Node | None:
-    source, dims = node.args
-    rank = len(dims)
-    if [d % rank for d in dims] == list(range(rank)):
-        return source
-    return None
+def joined_alone(node: fx.Node) -> fx.Node | None:
+    """cat of one tensor."""
+    parts = node.args[0]
+    return parts[0] if len(parts) == 1 and _same(node, parts[0]) else None  # type: ignore[arg-type,index,return-value]
 
 
-def _times_one(node: fx.Node) -> fx.Node | None:
-    x, w = node.args[:2]
-    if isinstance(x, fx.Node) and not isinstance(w, fx.Node) and w == 1 and _same(node, x):
-        return x
-    return None
+# Arithmetic.
 
 
-def _plus_zero(node: fx.Node) -> fx.Node | None:
-    x, w = node.args[:2]
-    if isinstance(x, fx.Node) and not isinstance(w, fx.Node) and w == 0 and _same(node, x):
-        return x
-    return None
+def neutral(number: int, commutes: bool = False) -> Rewrite:
+    """The rewrite of an operation with its neutral element: x * 1, x + 0, .. is x where that changes nothing else."""
+
+    def rewrite(node: fx.Node) -> fx.Node | None:
+        pairs = [node.args[:2], node.args[1::-1]] if commutes and not node.kwargs else [node.args[:2]]
+        for x, w in pairs:
+            if isinstance(x, fx.Node) and number_in(w) == number and _same(node, x):
+                return x
+        return None
+
+    return rewrite
+
+
+def negated_twice(node: fx.Node) -> fx.Node | None:
+    source = node.args[0]
+    return source.args[0] if isinstance(source, fx.Node) and source.target is node.target else None  # type: ignore
+
+
+def chosen_anyway(node: fx.Node) -> fx.Node | None:
+    """where(c, x, x)."""
+    _, x, w = node.args
+    return x if x is w and isinstance(x, fx.Node) and _same(node, x) else None
+
+
+def chosen_number(node: fx.Node) -> None:
+    """where() between a tensor and a tensor filled with a number takes the number itself."""
+    condition, x, w = node.args
+    for kept, filled in ((x, w), (w, x)):
+        number, value = number_in(filled), value_of(kept)
+        if number is None or value is None or number_in(kept) is not None or not _fits(number, filled, value):
+            continue
+        if value.dtype == node.meta["val"].dtype and _equal(_broadcast(condition, kept), [*node.meta["val"].shape]):
+            node.target = aten.where.ScalarOther if kept is x else aten.where.ScalarSelf
+            node.args = (condition, x, number) if kept is x else (condition, number, w)
+            return
+
+
+def _fits(number: complex, filled: Any, value: Tensor) -> bool:
+    """Whether the number in the value's dtype is the one in the filled tensor's dtype."""
+    if isinstance(number, complex) or not value.is_floating_point():
+        return False
+    return filled.meta["val"].dtype == value.dtype or abs(number) in (0, 1, float("inf"))
+
+
+def _broadcast(*arguments: Any) -> list[Any]:
+    """The shape of a broadcast of two values, -1 where it is not known."""
+    shapes = [[*reversed(argument.meta["val"].shape)] for argument in arguments]
+    rank = max(map(len, shapes))
+    a, b = ([*shape, *[1] * (rank - len(shape))] for shape in shapes)
+    return [n if _equal(n, m) or _equal(m, 1) else m if _equal(n, 1) else -1 for n, m in zip(a, b, strict=True)][::-1]
 
 
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+_KEEPS_ORDER = _VIEWS | {aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
+_PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default}
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
+_REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default}
+_FACTORS = (aten.mul.Tensor, aten.mul.Scalar)
+_TERMS = (aten.add.Tensor, aten.add.Scalar)
 
-REWRITES: dict[Any, Rewrite] = {
-    aten.view.default: _reshaped,
-    aten.reshape.default: _reshaped,
-    aten._unsafe_view.default: _reshaped,
-    aten.expand.default: _unchanged,
-    aten.permute.default: _permuted,
-    aten.clone.default: _copied,
-    aten._to_copy.default: _copied,
-    aten.mul.Tensor: _times_one,
-    aten.div.Tensor: _times_one,
-    aten.add.Tensor: _plus_zero,
-    aten.sub.Tensor: _plus_zero,
+REWRITES: dict[Any, tuple[Rewrite, ...]] = {
+    **dict.fromkeys(_KEEPS_ORDER, (reshaped,)),
+    **dict.fromkeys(_PERMUTES, (permuted,)),
+    aten.expand.default: (expanded,),
+    aten.slice.Tensor: (unchanged,),
+    **dict.fromkeys(_REDUCTIONS, (unchanged,)),
+    aten.clone.default: (copied,),
+    aten.contiguous.default: (copied,),
+    aten.repeat.default: (copied,),
+    aten._to_copy.default: (copied, converted),
+    aten.constant_pad_nd.default: (padded_by_nothing,),
+    aten.cat.default: (joined_alone,),
+    operator.getitem: (whole_part,),
+    **dict.fromkeys(_FACTORS, (neutral(1, commutes=True),)),
+    **dict.fromkeys((aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar), (neutral(1),)),
+    **dict.fromkeys(_TERMS, (neutral(0, commutes=True),)),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), (neutral(0),)),
+    aten.neg.default: (negated_twice,),
+    aten.where.self: (chosen_anyway, chosen_number),
 }
 
 
 def simplify(module: fx.GraphModule) -> fx.GraphModule:
     """Apply the rewrites to every node, in order, once: a node's arguments are already in their final form."""
     for node in list(module.graph.nodes):
-        rewrite = REWRITES.get(node.target) if node.op == "call_function" else None
-        replacement = rewrite(node) if rewrite else None
-        if replacement is not None:
-            node.replace_all_uses_with(replacement)
-            module.graph.erase_node(node)
+        for rewrite in REWRITES.get(node.target, ()) if node.op == "call_function" else ():
+            replacement = rewrite(node)
+            if replacement is not None and not _would_share_memory(node, replacement):
+                node.replace_all_uses_with(replacement)
+                module.graph.erase_node(node)
+                break
     module.recompile()
     return module
+
+
+def _would_share_memory(node: fx.Node, replacement: fx.Node) -> bool:
+    """Whether a new value that the graph returns would become memory of an input, or of another returned value."""
+    if is_view(node) or not escapes(node):
+        return False
+    return root_of(replacement).op != "call_function" or escapes(root_of(replacement))

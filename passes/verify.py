@@ -7,36 +7,75 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from fomoh_fx.errors import VerificationError
 from fomoh_fx.passes import provenance
 
 
 def verify(module: fx.GraphModule, stage: str) -> None:
-    """Check names, order of definition and use, provenance, recorded values, and that nothing is mutated."""
+    """Check names, order of definition and use, the output, and every call."""
     try:
         module.graph.lint()
     except RuntimeError as error:
         raise VerificationError(f"stage {stage}: {error}") from error
+    results = module.graph.output_node().args[0]
+    if not isinstance(results, (tuple, list)) or not all(isinstance(result, fx.Node) for result in results):
+        raise VerificationError(f"stage {stage}: the output is not one flat tuple of values, but {results}")
+    by_name = {node.name: node for node in module.graph.nodes}
     for node in module.graph.nodes:
-        if node.op == "call_function":
-            _check_call(node, stage)
+        problem = node.op == "call_function" and (_problem_of_call(node) or _problem_of_component(node, by_name))
+        if problem:
+            raise VerificationError(f"stage {stage}: node {node.name} {problem}")
 
 
-def _check_call(node: fx.Node, stage: str) -> None:
+def _problem_of_call(node: fx.Node) -> str:
+    """What is wrong with a call on its own: provenance, recorded value, mutation, kind of tensor."""
     if provenance.KEY not in node.meta:
-        raise VerificationError(f"stage {stage}: node {node.name} has lost its provenance")
-    if "val" not in node.meta and node.users:
-        raise VerificationError(f"stage {stage}: node {node.name} has no recorded value")
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        if target._schema.is_mutable:
-            raise VerificationError(f"stage {stage}: node {node.name} mutates an argument ({target})")
-        if target in _ZERO_TENSORS:
-            raise VerificationError(f"stage {stage}: node {node.name} is a zero without storage ({target})")
-    value = node.meta.get("val")
+        return "has lost its provenance"
+    if "val" not in node.meta:
+        return "has no recorded value"
+    if isinstance(node.target, torch._ops.OpOverload):
+        if node.target._schema.is_mutable:
+            return f"mutates an argument ({node.target})"
+        if node.target is torch.ops.aten._efficientzerotensor.default:
+            return f"is a zero without storage ({node.target})"
+    value = node.meta["val"]
     if isinstance(value, Tensor) and value.layout != torch.strided:
-        raise VerificationError(f"stage {stage}: node {node.name} is sparse")
+        return "is sparse"
+    return ""
 
 
-_ZERO_TENSORS = {torch.ops.aten._efficientzerotensor.default}
+def _problem_of_component(node: fx.Node, by_name: dict[str, fx.Node]) -> str:
+    """A component that has not its primal's dtype; what a rule uses on the way to it may be wider."""
+    origin = provenance.of(node)
+    primal = by_name.get(origin.primal)
+    if primal is None or node.name not in (f"{origin.primal}_tangent", f"{origin.primal}_cross"):
+        return ""
+    value, expected = node.meta["val"], primal.meta.get("val")
+    if isinstance(value, Tensor) and isinstance(expected, Tensor) and value.dtype != expected.dtype:
+        return f"is the {origin.component} of a {expected.dtype}, but has dtype {value.dtype}"
+    return ""
+
+
+def check_values(module: fx.GraphModule) -> None:
+    """Compute every recorded value again from those of the arguments, and compare shapes and dtypes.
+
+    Raises:
+        VerificationError: a pass has changed a node and kept its old value.
+    """
+    for node in module.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        mode = detect_fake_mode((args, kwargs, node.meta["val"]))
+        with mode:
+            again = node.target(*args, **kwargs)
+        if _kinds(again) != _kinds(node.meta["val"]):
+            raise VerificationError(f"node {node.name} computes {_kinds(again)}, but records {_kinds(node.meta['val'])}")
+
+
+def _kinds(value: object) -> list[tuple[object, ...]]:
+    return [(v.dtype, tuple(v.shape)) for v in pytree.tree_leaves(value) if isinstance(v, FakeTensor)]

@@ -1,0 +1,182 @@
+"""Statistics: what was compiled, in figures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fomoh_fx.hyperdual import SecondOrder
+from fomoh_fx.passes import provenance
+from fomoh_fx.passes.aliasing import root_of
+from fomoh_fx.rules.registry import KINDS, Operator
+from fomoh_fx.specialization import Specialization
+
+aten = torch.ops.aten
+
+#: The operators that do the work: products of matrices, and convolutions.
+PRODUCTS = {
+    aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.linear.default, aten.matmul.default,
+    aten.mv.default, aten.dot.default, aten.addmv.default, aten.convolution.default,
+    aten.scaled_dot_product_attention.default,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one specialisation is made of; ``str`` gives a table.
+
+    Attributes:
+        frontend: what captured the model.
+        refused: what the frontends tried before it said.
+        directions, second_order, crosses: K, the kind of second order, C.
+        nodes: for each stage the number of nodes of each component (inputs, constants and the output not counted).
+        inactive: primal operations that no asked-for derivative passes through, so that they have no component.
+        zero_crosses: operations with a tangent whose cross component is structurally zero.
+        simplified, merged, dead: nodes that the passes of these names removed.
+        served: how each operator on an active path is served, and how many times it occurs.
+        products: for each component the number of matrix products and convolutions in the final graph.
+        input_bytes: memory of the inputs: parameters, buffers, arguments and tangents.
+        peak_bytes: the most memory of intermediate values at once, run operator by operator in the graph's order; None
+            where sizes are symbolic.
+    """
+
+    frontend: str
+    refused: Sequence[str]
+    directions: int
+    second_order: SecondOrder
+    crosses: int
+    nodes: Mapping[str, Mapping[str, int]]
+    inactive: int
+    zero_crosses: int
+    simplified: int
+    merged: int
+    dead: int
+    served: Mapping[str, tuple[str, int]] = field(repr=False)
+    products: Mapping[str, int] = field(default_factory=dict)
+    input_bytes: int | None = None
+    peak_bytes: int | None = None
+
+    def __str__(self) -> str:
+        head = [
+            ("captured by", self.frontend),
+            *(("refused by", reason) for reason in self.refused),
+            ("directions K", str(self.directions)),
+            ("second order", f"{self.second_order}, C = {self.crosses}" if self.second_order else "none"),
+            ("without components", f"{self.inactive} inactive operations, {self.zero_crosses} more without cross"),
+            ("removed", f"{self.simplified} simplified, {self.merged} merged, {self.dead} dead"),
+            ("inputs", _size(self.input_bytes)),
+            ("peak of intermediates", f"{_size(self.peak_bytes)} (estimate, operator by operator)"),
+        ]
+        rows = [("nodes", *provenance.COMPONENTS, "all")]
+        counts = {**self.nodes, "products in the last": self.products}
+        for name, count in counts.items():
+            parts = [count.get(component, 0) for component in provenance.COMPONENTS]
+            rows.append((name, *map(str, parts), str(sum(parts))))
+        served = [("operator", "served by", "times"), *((op, how, str(n)) for op, (how, n) in self.served.items())]
+        return "\n\n".join("\n".join(_aligned(table)) for table in (head, rows, served)) + "\n"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numeric = [all(cell.isdigit() for cell in column[1:]) and len(column) > 1 for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "depends on symbolic sizes"
+    scale, unit = next((s, u) for s, u in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")) if count >= s or s == 1)
+    return f"{count / scale:.1f} {unit}" if scale > 1 else f"{count} B"
+
+
+def report(specialization: Specialization) -> Report:
+    """The figures of one specialisation."""
+    stages, components = specialization.stages, specialization.components
+    counts = {name: _count_components(stage.graph) for name, stage in stages.items()}
+    totals = {name: count.total() for name, count in counts.items()}
+    found = _components_of(stages["expand"].graph)
+    operations = [n for n in stages["normalize"].graph.nodes if isinstance(n.target, Operator)]
+    active = [n for n in operations if len(found.get(n.name, {"primal"})) > 1]
+    final = stages[list(stages)[-1]].graph
+    return Report(
+        frontend=specialization.program.frontend,
+        refused=tuple(specialization.program.refused),
+        directions=components.directions,
+        second_order=components.second_order,
+        crosses=components.count,
+        nodes=counts,
+        inactive=len(operations) - len(active),
+        zero_crosses=sum("cross" not in found[n.name] for n in active) if components.second_order else 0,
+        simplified=totals["expand"] - totals["simplify"],
+        merged=totals["simplify"] - totals["cse"],
+        dead=totals["cse"] - totals["eliminate"],
+        served=_served(active),
+        products=_count_components(final, PRODUCTS),
+        input_bytes=_total(_bytes(n) for n in final.find_nodes(op="placeholder")),
+        peak_bytes=peak_bytes(final),
+    )
+
+
+def _count_components(graph: fx.Graph, only: set[Operator] | None = None) -> Counter[str]:
+    calls = graph.find_nodes(op="call_function")
+    return Counter(provenance.of(n).component for n in calls if only is None or n.target in only)
+
+
+def _components_of(graph: fx.Graph) -> dict[str, set[str]]:
+    """The components that each primal node has in the expanded graph."""
+    found: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        origin = provenance.of(node)
+        found.setdefault(origin.primal, set()).add(origin.component)
+    return found
+
+
+def _served(active: Sequence[fx.Node]) -> dict[str, tuple[str, int]]:
+    times = Counter(n.target for n in active)
+    return {str(op): (KINDS.get(op, "synthesised"), n) for op, n in sorted(times.items(), key=lambda item: str(item[0]))}  # type: ignore[arg-type]
+
+
+def _bytes(node: fx.Node) -> int | None:
+    """The memory of a node's own values, or None where a size is symbolic."""
+    sizes = [v.numel() * v.element_size() for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+    return _total(size if isinstance(size, int) else None for size in sizes)
+
+
+def _total(sizes: object) -> int | None:
+    listed = list(sizes)  # type: ignore[call-overload]
+    return None if None in listed else sum(listed)
+
+
+def peak_bytes(graph: fx.Graph) -> int | None:
+    """The most memory that intermediate values take at once, in the graph's order; views take none of their own.
+
+    A value is released after its last use, or the last use of a view of it; inputs and constants are not counted.
+    """
+    last_use: dict[fx.Node, int] = {}
+    for time, node in enumerate(graph.nodes):
+        for used in node.all_input_nodes:
+            last_use[root_of(used)] = time
+    released: dict[int, int] = {}
+    live = peak = 0
+    for time, node in enumerate(graph.nodes):
+        if node.op == "call_function" and root_of(node) is node:
+            size = _bytes(node)
+            if size is None:
+                return None
+            live += size
+            peak = max(peak, live)
+            end = last_use.get(node, time)
+            released[end] = released.get(end, 0) + size
+        live -= released.pop(time, 0)
+    return peak
