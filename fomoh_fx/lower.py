@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
-Lowering = Callable[[fx.GraphModule], Callable[..., Any]]
+#: From the final graph, and whether it has dynamic dimensions, to what is called.
+Lowering = Callable[[fx.GraphModule, bool], Callable[..., Any]]
 
 
-def eager(module: fx.GraphModule) -> Callable[..., Any]:
+def eager(module: fx.GraphModule, dynamic: bool) -> Callable[..., Any]:
     """The graph, operator by operator."""
     return module
 
 
-def inductor(module: fx.GraphModule, **options: Any) -> Callable[..., Any]:
-    """The graph as one program of torch.compile: a graph break or a dynamic shape is impossible."""
-    return torch.compile(module, fullgraph=True, dynamic=False, **options)
+def inductor(module: fx.GraphModule, dynamic: bool, **options: Any) -> Callable[..., Any]:
+    """The graph as one program of torch.compile, without a graph break."""
+    return torch.compile(module, fullgraph=True, dynamic=dynamic, **options)

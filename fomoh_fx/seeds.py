@@ -136,8 +136,7 @@ def input_seeds(model: Any, call: Call, tangents: Any) -> Seeds:
 
 def _by_argument(model: Any, call: Call, tangents: Any) -> list[tuple[str, Any, Any]]:
     """(label, argument, tangent) for each argument of the call, positional ones first."""
-    function = model.forward if isinstance(model, nn.Module) else model
-    names = _positional_names(function, len(call.args))
+    names = positional_names(model, len(call.args))
     positional = [(name, value) for name, value in zip(names, call.args, strict=True)]
     if isinstance(tangents, Mapping):
         given = dict(tangents)
@@ -156,7 +155,9 @@ def _by_argument(model: Any, call: Call, tangents: Any) -> list[tuple[str, Any, 
     return rows + [(f"argument {n!r}", v, None) for n, v in call.kwargs.items()]
 
 
-def _positional_names(function: Any, count: int) -> list[str]:
+def positional_names(model: Any, count: int) -> list[str]:
+    """The names of the first ``count`` positional arguments of a model's ``forward``, or of a function."""
+    function = model.forward if isinstance(model, nn.Module) else model
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):

@@ -14,6 +14,7 @@ from fomoh_fx.capture import Program
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.passes.pipeline import Compiled
 from fomoh_fx.seeds import Seeds
+from fomoh_fx.signature import Signature
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Specialization:
         owners: for each parameter or buffer input the module that holds it, and its name there.
         with_loss: whether the first result is the loss and the second the model's output.
         seeds: what the tangents belong to.
+        signature: of the call that was traced.
+        dims: the dynamic dimensions of each argument, or None where everything is static.
         traced_with: shape, dtype and device of each argument and tangent.
         others: the arguments that are not tensors.
         modes: the training flags and autocast.
@@ -39,6 +42,8 @@ class Specialization:
     owners: dict[int, tuple[nn.Module, str]]
     with_loss: bool
     seeds: Seeds
+    signature: Signature
+    dims: list[dict[int, Any]] | None
     traced_with: list[tuple[torch.Size, torch.dtype, torch.device]]
     others: list[Any]
     modes: list[Any]
@@ -47,6 +52,21 @@ class Specialization:
     @property
     def stages(self) -> dict[str, fx.GraphModule]:
         return self.compiled.stages
+
+    def serves(self, signature: Signature, tensors: Sequence[Tensor]) -> bool:
+        """Whether a call that differs in dynamic dimensions is served: every guard on them holds."""
+        if self.dims is None or signature.rest != self.signature.rest:
+            return False
+        for shape, traced, dims in zip(signature.shapes, self.signature.shapes, self.dims, strict=True):
+            if len(shape) != len(traced) or any(
+                a != b and d not in dims for d, (a, b) in enumerate(zip(shape, traced))
+            ):
+                return False
+        placeholders = self.program.placeholders
+        fakes = {w.index: n.meta["val"] for w, n in zip(self.program.inputs, placeholders) if w.kind == "argument"}
+        values = [fakes[i] for i in range(len(tensors))]
+        shape_env = values[0].fake_mode.shape_env
+        return bool(shape_env.evaluate_guards_for_args(values, tensors, ignore_static=False))
 
     def stacks_of(self, tangents: Any) -> list[Tensor] | None:
         """The tangents in the graph's order, or None if they are not for the same seeds; Dynamo reads this."""

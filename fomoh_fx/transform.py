@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fomoh_fx import inspect as inspection
 from fomoh_fx import lower
-from fomoh_fx.capture import Call, capture
-from fomoh_fx.errors import ArgumentError, SpecialisationError
+from fomoh_fx.capture import Call, Program, capture
+from fomoh_fx.dynamic_shapes import dynamic_dims
+from fomoh_fx.errors import ArgumentError, CaptureError, SpecialisationError
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.passes import pipeline
-from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, selected_parameters
+from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, positional_names, selected_parameters
+from fomoh_fx.signature import Signature, modes_of, signature_of
 from fomoh_fx.specialization import Specialization, owners_of
 
 Curvature = Literal["hessian", "ggn"]
@@ -125,7 +129,7 @@ class HyperDualModule(nn.Module):
         leaves = pytree.tree_leaves((args, kwargs, () if targets is None else tuple(targets)))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-        modes = self._modes()
+        modes = modes_of(self.module, self.loss)
         for specialization in self._traced:
             stacks = specialization.stacks_of(tangents)
             if stacks is not None and specialization.fits(tensors, stacks, others, modes):
@@ -134,11 +138,24 @@ class HyperDualModule(nn.Module):
         return _refuse_untraced()
 
     def trace(
-        self, *args: Any, tangents: Any = None, targets: Sequence[Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        tangents: Any = None,
+        targets: Sequence[Any] | None = None,
+        dynamic_shapes: Any = None,
+        **kwargs: Any,
     ) -> Specialization:
-        """Specialise without running, and return the specialisation."""
+        """Specialise without running, and return the specialisation.
+
+        Args:
+            args, kwargs, tangents, targets: as in a call.
+            dynamic_shapes: as in ``torch.export``: a mapping from argument names (``"targets"`` for the tuple of
+                targets) or a sequence, with ``{dimension: torch.export.Dim.AUTO}`` in place of a tensor. Calls that
+                differ only in these dimensions are served without tracing again, as are dimensions marked by
+                ``torch._dynamo.mark_dynamic``.
+        """
         call, seeds = self._bind(args, kwargs, tangents, targets)
-        return self._specialize(call, seeds)
+        return self._specialize(call, seeds, dynamic_shapes)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], tangents: Any, targets: Any) -> tuple[Call, Seeds]:
         if self.loss is None and targets is not None:
@@ -153,33 +170,21 @@ class HyperDualModule(nn.Module):
             return call, input_seeds(self.model, call, tangents)
         return call, parameter_seeds(self.module, self.wrt, tangents)
 
-    def _specialize(self, call: Call, seeds: Seeds) -> Specialization:
-        key = self._signature(call, seeds)
-        if key not in self._specializations:
-            self._specializations[key] = self._compile(call, seeds)
-            self._traced.append(self._specializations[key])
-        self._latest = self._specializations[key]
-        return self._latest
+    def _specialize(self, call: Call, seeds: Seeds, dynamic_shapes: Any = None) -> Specialization:
+        signature = signature_of(self.module, self.loss, call, seeds)
+        dims = dynamic_dims(call, positional_names(self.model, len(call.args)), dynamic_shapes)
+        found = self._specializations.get(signature) if dims is None else None
+        if found is None:
+            serving = (s for s in self._traced if s.dims is not None and s.serves(signature, call.tensors))
+            found = next(serving, None) or self._compile(call, seeds, signature, dims)
+            self._specializations[signature] = found
+        self._latest = found
+        return found
 
-    def _signature(self, call: Call, seeds: Seeds) -> Any:
-        """Everything that the graph depends on, hashable."""
-        tensors = tuple((t.shape, t.dtype, t.device) for t in call.tensors)
-        state = tuple((t.shape, t.dtype, t.device) for t in (*self.module.parameters(), *self.module.buffers()))
-        others = tuple((type(o), _hashable(o)) for o in call.others)
-        return call.spec, tensors, state, tuple(self._modes()), others, torch.get_default_dtype(), seeds.key
-
-    def _modes(self) -> list[Any]:
-        """The flags that change what the model does: training of every submodule, and autocast."""
-        modes: list[Any] = [m.training for m in self.module.modules()]
-        if isinstance(self.loss, nn.Module):
-            modes += [m.training for m in self.loss.modules()]
-        for device in ("cpu", "cuda"):
-            enabled = torch.is_autocast_enabled(device)
-            modes += [enabled, torch.get_autocast_dtype(device) if enabled else None]
-        return modes
-
-    def _compile(self, call: Call, seeds: Seeds) -> Specialization:
-        program = capture(self.model, self.loss, call, _argument_names(self.model, call))
+    def _compile(
+        self, call: Call, seeds: Seeds, signature: Signature, dims: list[dict[int, Any]] | None
+    ) -> Specialization:
+        program = capture(self.model, self.loss, call, _argument_names(self.model, call), dims)
         positions = seeds.positions(program)
         values = [i for i, out in enumerate(program.outputs) if out.kind == "value"]
         asked = values[:1] if self.loss is not None else [i for i in values if _is_float(program.results[i])]
@@ -193,14 +198,27 @@ class HyperDualModule(nn.Module):
                 "curvature: the loss has no second derivative in the model's output, so the generalised Gauss-Newton "
                 "plane would be zero; let the model return logits and use e.g. cross_entropy as the loss"
             )
+        if dims is not None:
+            _refuse_fixed(program, dims)
         modules = {"": self.module}
         if isinstance(self.loss, nn.Module):
             modules["loss"] = self.loss
-        traced_with = [(t.shape, t.dtype, t.device) for t in (*call.tensors, *seeds.stacks)]
-        return Specialization(
-            program, compiled, components, owners_of(program, modules), self.loss is not None, replace(seeds, stacks=()), traced_with,
-            list(call.others), self._modes(), self.lowering(compiled.final),
-        )  # fmt: skip
+        specialization = Specialization(
+            program,
+            compiled,
+            components,
+            owners_of(program, modules),
+            self.loss is not None,
+            replace(seeds, stacks=()),
+            signature,
+            dims,
+            traced_with=[(t.shape, t.dtype, t.device) for t in (*call.tensors, *seeds.stacks)],
+            others=list(call.others),
+            modes=modes_of(self.module, self.loss),
+            run=self.lowering(compiled.final, dims is not None),
+        )
+        self._traced.append(specialization)
+        return specialization
 
     def train(self, mode: bool = True) -> HyperDualModule:
         """Set the model's own training flags."""
@@ -208,6 +226,48 @@ class HyperDualModule(nn.Module):
         if isinstance(self.model, nn.Module):
             self.model.train(mode)
         return self
+
+    @property
+    def latest(self) -> Specialization:
+        """The specialisation that was called or traced last.
+
+        Raises:
+            SpecialisationError: there is none yet.
+        """
+        if self._latest is None:
+            raise SpecialisationError(
+                "nothing is compiled yet: call the module, or trace it with hd.trace(*args, tangents=V, ...)"
+            )
+        return self._latest
+
+    @property
+    def stages(self) -> dict[str, fx.GraphModule]:
+        """Every stage of the latest specialisation by its name, the final graph last."""
+        return self.latest.stages
+
+    @property
+    def code(self) -> str:
+        """The final graph of the latest specialisation as Python source that runs on its own."""
+        return inspection.code(self.latest.compiled.final)
+
+    def print_readable(self, stage: str | None = None) -> None:
+        """Print a stage of the latest specialisation (the final graph by default) as Python source."""
+        inspection.print_readable(self._stage(stage))
+
+    def report(self) -> inspection.Report:
+        """Figures of the latest specialisation: node counts, what was pruned, how each operator is served."""
+        return inspection.report(self.latest)
+
+    def draw(self, path: str | os.PathLike[str], stage: str | None = None) -> None:
+        """Write a picture (``.png``, ``.svg``, ``.dot``, ``.graphml``, ..) of a stage, the final graph by default."""
+        inspection.draw(self._stage(stage), path)
+
+    def _stage(self, name: str | None) -> fx.GraphModule:
+        if name is None:
+            return self.latest.compiled.final
+        if name not in self.stages:
+            raise ArgumentError(f"stage: expected one of {', '.join(self.stages)}, got {name!r}")
+        return self.stages[name]
 
 
 def compile(hd: HyperDualModule, **options: Any) -> HyperDualModule:
@@ -231,6 +291,18 @@ def compile(hd: HyperDualModule, **options: Any) -> HyperDualModule:
     return compiled
 
 
+def _refuse_fixed(program: Program, dims: list[dict[int, Any]]) -> None:
+    """A dimension that was marked dynamic must not have been fixed by the model or by a rule."""
+    for node, what in zip(program.placeholders, program.inputs, strict=True):
+        for dim in dims[what.index] if what.kind == "argument" else ():
+            size = node.meta["val"].shape[dim]
+            fixed = size if isinstance(size, int) else size.node.maybe_as_int()
+            if fixed is not None:
+                raise CaptureError(
+                    f"dynamic_shapes: dimension {dim} of {what.name} is fixed to {fixed} by the model or a rule"
+                )
+
+
 _UNTRACED = (
     "torch.compile(hd) met a signature that was not traced: call hd once, or hd.trace(...), with arguments of these "
     "shapes first, or use fomoh_fx.compile(hd), which traces by itself"
@@ -247,28 +319,11 @@ def _is_float(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _hashable(value: Any) -> Any:
-    try:
-        hash(value)
-    except TypeError:
-        return id(value)
-    return value
-
-
 def _argument_names(model: Any, call: Call) -> list[str]:
     """A readable name for every tensor leaf: the argument's name, with the path inside it."""
     function = model.forward if isinstance(model, nn.Module) else model
-    try:
-        bound = inspect.signature(function).bind_partial(*call.args, **call.kwargs).arguments
-        tree: Any = (tuple(bound), tuple(bound.values()))
-    except (TypeError, ValueError):
-        tree = ((), ())
-    del tree
-    names = []
-    for path, leaf in pytree.tree_flatten_with_path((call.args, call.kwargs, call.targets))[0]:
-        if isinstance(leaf, Tensor):
-            names.append(_readable(function, path))
-    return names
+    paths, _ = pytree.tree_flatten_with_path((call.args, call.kwargs, call.targets))
+    return [_readable(function, path) for path, leaf in paths if isinstance(leaf, Tensor)]
 
 
 def _readable(function: Callable[..., Any], path: Any) -> str:

@@ -58,7 +58,11 @@ def from_jvp(push: Callable[..., Any], kind: str = "jvp") -> Rule:
         cross = None
         if components.second_order is not None:
             cross = derivative.first([d.cross for d in duals])
-            second = derivative.second([d.tangent for d in duals], components)
+            try:
+                second = derivative.second([d.tangent for d in duals], components)
+            except UnsupportedOpError as error:
+                reason = str(error).splitlines()[0]
+                raise UnsupportedOpError(f"its first derivative cannot be differentiated exactly ({reason})") from error
             cross = _sum(cross, second)
         return _without_derivative(op, y, joined(y, _spread(y, tangent), _spread(y, cross)), leaves, spec, active)
 

@@ -1,0 +1,66 @@
+"""The signature of a call: everything that the compiled graph depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fomoh_fx.capture import Call
+from fomoh_fx.seeds import Seeds
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What is equal for two calls that one specialisation serves; hashable.
+
+    ``shapes`` are those of the call's tensors; ``rest`` is everything else: the structure, dtypes, devices, arguments
+    that are not tensors, parameters, modes, and which inputs are seeded with how many directions.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    rest: tuple[Any, ...]
+
+
+def signature_of(module: nn.Module, loss: Any, call: Call, seeds: Seeds) -> Signature:
+    """The signature of one call of the model (and loss)."""
+    kinds = tuple((t.dtype, t.device) for t in call.tensors)
+    state = tuple((t.shape, t.dtype, t.device) for t in (*module.parameters(), *module.buffers()))
+    others = tuple((type(o), _hashable(o)) for o in call.others)
+    default = torch.get_default_dtype()
+    rest = (call.spec, kinds, others, state, tuple(modes_of(module, loss)), default, seeds.owners, seeds.directions)
+    return Signature(tuple(t.shape for t in call.tensors), rest)
+
+
+def modes_of(module: nn.Module, loss: Any) -> list[Any]:
+    """The flags that change what the model does: training of every submodule, and autocast; Dynamo reads this."""
+    modes: list[Any] = [m.training for m in module.modules()]
+    if isinstance(loss, nn.Module):
+        modes += [m.training for m in loss.modules()]
+    for device in ("cpu", "cuda"):
+        enabled = torch.is_autocast_enabled(device)
+        modes += [enabled, torch.get_autocast_dtype(device) if enabled else None]
+    return modes
+
+
+class _ByIdentity:
+    """An argument that cannot be hashed, kept alive so that its identity stays its own."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return _ByIdentity(value)
+    return value
