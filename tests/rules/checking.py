@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import fomoh_fx
-from fomoh_fx.hyperdual import Components, HyperDual
+from fomoh_fx.hyperdual import Components, HyperDual, primal_of
 from fomoh_fx.rules.registry import COMPOSITES, RULES
 from tests.oracle import finite_differences, relative_error, reverse_over_reverse, slopes
 
@@ -25,7 +25,8 @@ class Sample:
     """One call ``op(*args, **kwargs)``.
 
     ``active`` numbers the floating-point tensor leaves that get a tangent (all of them for None); ``truth`` is
-    ``"reverse"`` or ``"difference"`` (finite differences, for what reverse mode does not cover).
+    ``"reverse"`` or ``"difference"`` (finite differences, for what reverse mode does not cover). ``outputs`` numbers
+    the floating-point outputs that are compared (all for None), and ``hermitian`` says that the directions are.
     """
 
     args: tuple[Any, ...]
@@ -34,6 +35,8 @@ class Sample:
     truth: str = "reverse"
     tolerance: float = 1e-9
     name: str = ""
+    outputs: Sequence[int] | None = None
+    hermitian: bool = False
 
 
 def _differentiable(leaf: Any) -> bool:
@@ -47,32 +50,39 @@ def check(op: Any, sample: Sample, second_order: str = "plane", directions: int 
     floats = [i for i, leaf in enumerate(leaves) if _differentiable(leaf)]
     active = floats if sample.active is None else [floats[i] for i in sample.active]
     xs = [leaves[i] for i in active]
-    vs = [torch.randn(directions, *x.shape, dtype=x.dtype, generator=generator) for x in xs]
+
+    def stacks(count: int) -> list[Tensor]:
+        found = [torch.randn(count, *x.shape, dtype=x.dtype, generator=generator) for x in xs]
+        return [v + v.mH for v in found] if sample.hermitian else found
+
+    vs = stacks(directions)
 
     def call(*values: Any) -> list[Tensor]:
         at = dict(zip(active, values, strict=True))
         args, kwargs = pytree.tree_unflatten([at.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
         out = op(*args, **kwargs)
-        return [o for o in pytree.tree_leaves(out) if isinstance(o, (Tensor, HyperDual))]
+        return chosen([o for o in pytree.tree_leaves(out) if _differentiable(o)])
 
-    shapes = [o for o in call(*xs) if _differentiable(o)]
+    def chosen(outputs: list[Any]) -> list[Any]:
+        return outputs if sample.outputs is None else [outputs[i] for i in sample.outputs]
+
+    shapes = call(*xs)
     weights = [torch.randn(2, _real(o).numel(), dtype=torch.float64, generator=generator) for o in shapes]
 
     def projected(*values: Tensor) -> Tensor:
-        outs = [o for o in call(*values) if _differentiable(o)]
-        return sum(w @ _real(o).reshape(-1).double() for w, o in zip(weights, outs, strict=True))
+        return sum(w @ _real(o).reshape(-1).double() for w, o in zip(weights, call(*values), strict=True))
 
     oracle = reverse_over_reverse if sample.truth == "reverse" else finite_differences
     y, tangents, crosses = oracle(projected, xs, vs)
     components = Components(directions, second_order)  # type: ignore[arg-type]
     cross = _combine(crosses, components)
     if op in RULES:
-        cs = [torch.randn(components.count, *x.shape, dtype=x.dtype, generator=generator) for x in xs]
+        cs = stacks(components.count)
         cross = cross + slopes(projected, xs, cs, sample.truth)
         results = _by_rule(op, leaves, spec, active, vs, cs, components)
+        results = chosen([r for r in results if _differentiable(primal_of(r.primal))])
     else:
         results = _by_transform(call, xs, vs, second_order)
-    results = [r for r in results if _differentiable(r.primal)]
     assert len(results) == len(weights)
     expected = {
         "primal": y,
