@@ -1,0 +1,85 @@
+"""The differential operators, against torch.func in reverse mode."""
+
+import pytest
+import torch
+from torch import nn
+
+import fomoh_fx
+
+
+def f(x, w):
+    return (torch.sin(x @ w) * x.sum()).exp().sum()
+
+
+@pytest.fixture
+def point():
+    torch.manual_seed(0)
+    return torch.randn(3, dtype=torch.float64) * 0.3, torch.randn(3, 4, dtype=torch.float64) * 0.3
+
+
+@pytest.mark.parametrize("argnums", [0, 1])
+def test_gradient(point, argnums):
+    expected = torch.func.grad(f, argnums)(*point)
+    torch.testing.assert_close(fomoh_fx.grad(f, argnums)(*point), expected)
+    torch.testing.assert_close(fomoh_fx.grad(f, argnums, chunk_size=2)(*point), expected)
+
+
+@pytest.mark.parametrize("argnums", [0, 1])
+def test_hessian(point, argnums):
+    expected = torch.func.jacrev(torch.func.jacrev(f, argnums), argnums)(*point)
+    torch.testing.assert_close(fomoh_fx.hessian(f, argnums)(*point), expected)
+
+
+def test_hessian_of_a_vector_function(point):
+    def g(x):
+        return torch.stack([x.prod(), x.square().sum(), x[0] * x[1].exp()])
+
+    expected = torch.func.jacrev(torch.func.jacrev(g))(point[0])
+    torch.testing.assert_close(fomoh_fx.hessian(g)(point[0]), expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6, 0.0])
+def test_hessian_vector_product(point, scale):
+    v = torch.randn_like(point[1]) * scale
+    hessian = torch.func.jacrev(torch.func.jacrev(f, 1), 1)(*point)
+    expected = torch.einsum("ijkl,kl->ij", hessian, v)
+    torch.testing.assert_close(fomoh_fx.hvp(f, 1)(*point, v), expected)
+    torch.testing.assert_close(fomoh_fx.hvp(f, 1, chunk_size=5)(*point, v), expected)
+
+
+def test_quadratic_form(point):
+    v = torch.randn_like(point[0])
+    hessian = torch.func.jacrev(torch.func.jacrev(f))(*point)
+    torch.testing.assert_close(fomoh_fx.quadratic_form(f)(*point, v), v @ hessian @ v)
+
+
+def test_diagonal_and_laplacian_of_a_network(point):
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    hessian = torch.func.jacrev(torch.func.jacrev(net))(point[0])
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(fomoh_fx.hessian_diagonal(net)(point[0]), diagonal.detach())
+    torch.testing.assert_close(fomoh_fx.laplacian(net)(point[0]), diagonal.sum(-1).detach())
+    torch.testing.assert_close(fomoh_fx.laplacian(net, chunk_size=2)(point[0]), diagonal.sum(-1).detach())
+
+
+def test_a_pytree_argument(point):
+    def g(parameters):
+        return (parameters["x"] * parameters["y"].sum()).exp().sum()
+
+    tree = {"x": point[0], "y": point[1]}
+    expected = torch.func.grad(g)(tree)
+    torch.testing.assert_close(fomoh_fx.grad(g)(tree), expected)
+
+
+def test_misuse_names_the_argument(point):
+    with pytest.raises(fomoh_fx.ArgumentError, match="^f: grad needs .* scalar"):
+        fomoh_fx.grad(lambda x: x)(point[0])
+    with pytest.raises(fomoh_fx.ArgumentError, match="^argnums"):
+        fomoh_fx.grad(f, 2)(*point)
+    with pytest.raises(fomoh_fx.ArgumentError, match="^argnums"):
+        fomoh_fx.laplacian(lambda x: x * 1.0)(torch.arange(3))
+    with pytest.raises(fomoh_fx.ArgumentError, match="^v"):
+        fomoh_fx.hvp(f)(*point, torch.randn(2))
+    with pytest.raises(fomoh_fx.ArgumentError, match="^f"):
+        fomoh_fx.hessian(3)
