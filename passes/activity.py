@@ -13,6 +13,7 @@ import networkx
 import torch
 from torch import fx
 
+from fomoh_fx.passes.dataflow import dependencies
 from fomoh_fx.rules.registry import KINDS
 
 
@@ -26,14 +27,6 @@ class Activity:
     @property
     def active(self) -> frozenset[fx.Node]:
         return self.varied & self.useful
-
-
-def dependencies(graph: fx.Graph) -> networkx.DiGraph:
-    """The dataflow graph: an edge from every node to each of its users."""
-    flow = networkx.DiGraph()
-    flow.add_nodes_from(graph.nodes)
-    flow.add_edges_from((producer, node) for node in graph.nodes for producer in node.all_input_nodes)
-    return flow
 
 
 def carries_derivative(node: fx.Node) -> bool:

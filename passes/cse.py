@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.passes.aliasing import escapes, is_view, root_of
+from fomoh_fx.passes.dataflow import escapes, is_view, root_of
 
 
 def merge_common_subexpressions(module: fx.GraphModule) -> fx.GraphModule:

@@ -43,9 +43,10 @@ def label(n: fx.Node, before: fx.Node | None, result: Any) -> None:
         while needed:
             node = needed.pop()
             if node in fresh:
-                needed += record(node, n.name, component, f"{n.name}_{component}_{_operation(node)}")
+                itself = component == "primal" and node.target == n.target and isinstance(result, (tuple, list))
+                needed += record(node, n.name, component, n.name if itself else _on_the_way(n, component, node))
     for node in list(fresh):
-        record(node, n.name, "primal", f"{n.name}_primal_{_operation(node)}")
+        record(node, n.name, "primal", _on_the_way(n, "primal", node))
 
 
 def _part(value: Any, component: str) -> Any:
@@ -62,9 +63,9 @@ def _names_of_outputs(n: fx.Node, result: Any, count: int) -> list[str]:
     return [taken.get(i, f"{n.name}_{i}") for i in range(count)]
 
 
-def _operation(node: fx.Node) -> str:
-    """The operator in a node's name, without its number."""
-    return re.sub(r"_\d+$", "", node.name).strip("_")
+def _on_the_way(n: fx.Node, component: str, node: fx.Node) -> str:
+    """The name of what is computed on the way to a component: it ends in the operator."""
+    return f"{n.name}_{component}_{re.sub(r'_[0-9]+$', '', node.name).strip('_')}"
 
 
 def renamed(module: fx.GraphModule) -> fx.GraphModule:

@@ -75,7 +75,7 @@ def _short(file: str) -> str:
 @lru_cache(maxsize=4096)
 def _is_hidden(file: str) -> bool:
     """Whether the code is PyTorch's, this compiler's, Python's, or generated."""
-    if file.startswith(("<eval_with_key>", "<frozen", "<string>")):
+    if file.startswith(("<eval_with_key>", "<frozen")):
         return True
     path = str(Path(file).resolve())
     in_library = path.startswith(_STANDARD_LIBRARY) and "site-packages" not in path and "dist-packages" not in path

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fomoh_fx.passes.aliasing import escapes, is_view, root_of
+from fomoh_fx.passes.dataflow import escapes, is_view, root_of
 
 aten = torch.ops.aten
 Rewrite = Callable[[fx.Node], fx.Node | None]
@@ -41,9 +41,9 @@ def _equal(a: Any, b: Any) -> bool:
 def _same(node: fx.Node, source: Any) -> bool:
     """Whether two nodes hold tensors of one shape, dtype and device."""
     a, b = value_of(node), value_of(source)
-    return (
-        a is not None and b is not None and (a.dtype, a.device) == (b.dtype, b.device) and _equal([*a.shape], [*b.shape])
-    )
+    if a is None or b is None or (a.dtype, a.device) != (b.dtype, b.device):
+        return False
+    return _equal([*a.shape], [*b.shape])
 
 
 def _same_layout(node: fx.Node, source: fx.Node) -> bool:

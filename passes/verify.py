@@ -73,8 +73,9 @@ def check_values(module: fx.GraphModule) -> None:
         mode = detect_fake_mode((args, kwargs, node.meta["val"]))
         with mode:
             again = node.target(*args, **kwargs)
-        if _kinds(again) != _kinds(node.meta["val"]):
-            raise VerificationError(f"node {node.name} computes {_kinds(again)}, but records {_kinds(node.meta['val'])}")
+        computed, recorded = _kinds(again), _kinds(node.meta["val"])
+        if computed != recorded:
+            raise VerificationError(f"node {node.name} computes {computed}, but records {recorded}")
 
 
 def _kinds(value: object) -> list[tuple[object, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 
 import networkx
@@ -10,13 +11,13 @@ from torch import fx
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.inspect.printing import described
 from fomoh_fx.passes import provenance
-from fomoh_fx.passes.activity import dependencies
+from fomoh_fx.passes.dataflow import dependencies
 
 COLOURS = {"primal": "#9aa5b1", "tangent": "#3f8ae0", "cross": "#e07b3f"}
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
-def draw(module: fx.GraphModule, path: str | Path) -> Path:
+def draw(module: fx.GraphModule, path: str | PathLike[str]) -> Path:
     """Write a picture of the graph and return its path.
 
     Args:

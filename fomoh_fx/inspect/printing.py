@@ -160,4 +160,3 @@ def described(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"({', '.join(described(v) for v in value)})"
     return "" if value is None else type(value).__name__
-

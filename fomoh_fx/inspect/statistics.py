@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.hyperdual import SecondOrder
 from fomoh_fx.passes import provenance
-from fomoh_fx.passes.aliasing import root_of
+from fomoh_fx.passes.dataflow import root_of
 from fomoh_fx.rules.registry import KINDS, Operator
 from fomoh_fx.specialization import Specialization
 
@@ -20,8 +21,8 @@ aten = torch.ops.aten
 
 #: The operators that do the work: products of matrices, and convolutions.
 PRODUCTS = {
-    aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.linear.default, aten.matmul.default,
-    aten.mv.default, aten.dot.default, aten.addmv.default, aten.convolution.default,
+    aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.linear.default,
+    aten.matmul.default, aten.mv.default, aten.dot.default, aten.addmv.default, aten.convolution.default,
     aten.scaled_dot_product_attention.default,
 }  # fmt: skip
 
@@ -96,8 +97,10 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def _size(count: int | None) -> str:
     if count is None:
         return "depends on symbolic sizes"
-    scale, unit = next((s, u) for s, u in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")) if count >= s or s == 1)
-    return f"{count / scale:.1f} {unit}" if scale > 1 else f"{count} B"
+    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
 
 
 def report(specialization: Specialization) -> Report:
@@ -105,9 +108,10 @@ def report(specialization: Specialization) -> Report:
     stages, components = specialization.stages, specialization.components
     counts = {name: _count_components(stage.graph) for name, stage in stages.items()}
     totals = {name: count.total() for name, count in counts.items()}
-    found = _components_of(stages["expand"].graph)
+    by_name = _components_by_name(stages["expand"].graph)
     operations = [n for n in stages["normalize"].graph.nodes if isinstance(n.target, Operator)]
-    active = [n for n in operations if len(found.get(n.name, {"primal"})) > 1]
+    found = {n: set().union(*(by_name.get(name, ()) for name in _names(n))) for n in operations}
+    active = [n for n in operations if len(found[n]) > 1]
     final = stages[list(stages)[-1]].graph
     return Report(
         frontend=specialization.program.frontend,
@@ -117,7 +121,7 @@ def report(specialization: Specialization) -> Report:
         crosses=components.count,
         nodes=counts,
         inactive=len(operations) - len(active),
-        zero_crosses=sum("cross" not in found[n.name] for n in active) if components.second_order else 0,
+        zero_crosses=sum("cross" not in found[n] for n in active) if components.second_order else 0,
         simplified=totals["expand"] - totals["simplify"],
         merged=totals["simplify"] - totals["cse"],
         dead=totals["cse"] - totals["eliminate"],
@@ -129,11 +133,11 @@ def report(specialization: Specialization) -> Report:
 
 
 def _count_components(graph: fx.Graph, only: set[Operator] | None = None) -> Counter[str]:
-    calls = graph.find_nodes(op="call_function")
+    calls = [n for n in graph.nodes if n.op == "call_function"]
     return Counter(provenance.of(n).component for n in calls if only is None or n.target in only)
 
 
-def _components_of(graph: fx.Graph) -> dict[str, set[str]]:
+def _components_by_name(graph: fx.Graph) -> dict[str, set[str]]:
     """The components that each primal node has in the expanded graph."""
     found: dict[str, set[str]] = {}
     for node in graph.nodes:
@@ -142,9 +146,14 @@ def _components_of(graph: fx.Graph) -> dict[str, set[str]]:
     return found
 
 
+def _names(node: fx.Node) -> list[str]:
+    """The primal names that an operation's results go by: its own, and those of its outputs."""
+    return [node.name, *(user.name for user in node.users if user.target is operator.getitem)]
+
+
 def _served(active: Sequence[fx.Node]) -> dict[str, tuple[str, int]]:
-    times = Counter(n.target for n in active)
-    return {str(op): (KINDS.get(op, "synthesised"), n) for op, n in sorted(times.items(), key=lambda item: str(item[0]))}  # type: ignore[arg-type]
+    times = sorted(Counter(n.target for n in active).items(), key=lambda item: str(item[0]))
+    return {str(op): (KINDS.get(op, "synthesised"), n) for op, n in times}  # type: ignore[arg-type]
 
 
 def _bytes(node: fx.Node) -> int | None:

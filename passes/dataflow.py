@@ -1,12 +1,21 @@
-"""Which nodes share memory: views with what they view. Reads the graph, changes nothing."""
+"""Dataflow: who uses what, and who shares memory with what. Reads the graph, changes nothing."""
 
 from __future__ import annotations
 
 import operator
 
+import networkx
 import torch
 from torch import fx
 from torch._ops import OpOverload
+
+
+def dependencies(graph: fx.Graph) -> networkx.DiGraph:
+    """The dataflow graph: an edge from every node to each of its users."""
+    flow = networkx.DiGraph()
+    flow.add_nodes_from(graph.nodes)
+    flow.add_edges_from((producer, node) for node in graph.nodes for producer in node.all_input_nodes)
+    return flow
 
 
 def is_view(node: fx.Node) -> bool:

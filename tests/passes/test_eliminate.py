@@ -1,0 +1,46 @@
+"""Nothing that a final graph computes is in vain."""
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fomoh_fx.passes.eliminate import eliminate
+from tests.passes.waste import MODELS, compiled, no_waste
+
+
+def test_dead_nodes_and_their_constants_go():
+    constant = torch.arange(3.0)
+
+    def function(x):
+        unused = x + constant
+        torch.rand_like(unused)
+        return (x * 2,)
+
+    module = make_fx(function)(torch.randn(3))
+    assert len(module.graph.nodes) > 3
+    module = eliminate(module)
+    assert [n.op for n in module.graph.nodes] == ["placeholder", "call_function", "output"]
+    assert not dict(module.named_buffers())
+
+
+def test_unused_inputs_stay():
+    module = eliminate(make_fx(lambda x, y: (x + 1,))(torch.randn(3), torch.randn(3)))
+    assert len(module.graph.find_nodes(op="placeholder")) == 2
+    assert isinstance(module, fx.GraphModule)
+
+
+@pytest.mark.parametrize("second_order", ["plane", "diagonal", "trace", None])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_waste(name, second_order):
+    no_waste(compiled(name, second_order=second_order)[1].compiled.final)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("directions", [1, 3])
+def test_no_waste_with_a_loss(name, directions):
+    no_waste(compiled(name, directions, loss=nn.CrossEntropyLoss())[1].compiled.final)
+
+
+def test_no_waste_in_the_generalised_gauss_newton_plane():
+    no_waste(compiled("mlp", loss=nn.CrossEntropyLoss(), curvature="ggn")[1].compiled.final)
