@@ -5,16 +5,19 @@ y_i = phi(x_i), y_c = phi(x_c), for operators that are jointly linear in the arg
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.hyperdual import Components, HyperDual
+from fomoh_fx.errors import UnsupportedOpError
+from fomoh_fx.hyperdual import Components, HyperDual, primal_of
 from fomoh_fx.rules.registry import Rule, register
-from fomoh_fx.rules.stacking import batched, primals
+from fomoh_fx.rules.stacking import active_positions, align, axis, batched, bind, primals
+
+aten = torch.ops.aten
 
 
 def linear(stacked: Callable[..., Any] | None = None) -> Rule:
@@ -28,8 +31,7 @@ def linear(stacked: Callable[..., Any] | None = None) -> Rule:
     def rule(op: Callable[..., Any], components: Components, *args: Any, **kwargs: Any) -> Any:
         plain, options = primals(args, kwargs)
         y = op(*plain, **options)
-        names = [*range(len(args)), *kwargs]
-        (at,) = [n for n, a in zip(names, [*args, *kwargs.values()], strict=True) if isinstance(a, HyperDual)]
+        (at,) = active_positions(args, kwargs)
         x = args[at] if isinstance(at, int) else kwargs[at]
 
         def through(component: Tensor | None) -> Any:
@@ -43,6 +45,44 @@ def linear(stacked: Callable[..., Any] | None = None) -> Rule:
 
     rule.kind = "linear"  # type: ignore[attr-defined]
     return rule
+
+
+def jointly(form: Callable[..., Any], positions: Sequence[int] = (0, 1), kind: str = "linear") -> Rule:
+    """The rule of an operator that is linear in several arguments together.
+
+    Args:
+        form: ``form(parts, y, *args)`` is one order's components of the output, from those of the arguments at
+            ``positions``, None where an argument has none; ``y`` is the output and ``args`` are the primals of all
+            arguments of the operator's schema, defaults filled in.
+        positions: where the arguments stand in the schema; one of them may be a list of tensors if it is the only one.
+    """
+
+    def rule(op: Callable[..., Any], components: Components, *args: Any, **kwargs: Any) -> Any:
+        plain, options = primals(args, kwargs)
+        y = op(*plain, **options)
+        bound = bind(op, args, kwargs)
+        others = [a for n, a in enumerate(bound) if n not in positions and isinstance(a, HyperDual)]
+        if others:
+            raise UnsupportedOpError(
+                "an argument in which it is not linear has a derivative, and no rule for that is known"
+            )
+        operands = [bound[n] for n in positions]
+        if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+            operands = list(operands[0])
+
+        def through(order: str) -> Any:
+            parts = [getattr(a, order) if isinstance(a, HyperDual) else None for a in operands]
+            return None if all(p is None for p in parts) else form(parts, y, *primal_of(bound))
+
+        return joined(y, through("tangent"), through("cross"))
+
+    rule.kind = kind  # type: ignore[attr-defined]
+    return rule
+
+
+def mapped(form: Callable[..., Any]) -> Rule:
+    """The rule of an operator that is linear in its first argument: ``form(part, y, *args)`` as in :func:`jointly`."""
+    return jointly(lambda parts, y, *args: form(parts[0], y, *args), positions=(0,))
 
 
 def joined(primal: Any, tangent: Any, cross: Any) -> Any:
@@ -68,34 +108,80 @@ def constant() -> Rule:
     return rule
 
 
-aten = torch.ops.aten
+def _dims(dims: Any, x: Tensor) -> list[int]:
+    """Dimensions to reduce, in a stack; none given means all."""
+    given = [dims] if isinstance(dims, int) else list(dims or range(x.ndim))
+    return [axis(d, x) for d in given] if x.ndim else []
 
-#: Operators that move or sum what they are given, each linear in its first argument.
+
+def _cast(part: Tensor, y: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return part if part.dtype == y.dtype and part.device == y.device else part.to(y.device, y.dtype)
+
+
+def storage_index(
+    x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None
+) -> tuple[list[int], Tensor]:
+    """An as_strided view of ``x`` as an index: the order of its dimensions in storage, and positions in that order.
+
+    A component's layout is its own, so it cannot be viewed through the primal's strides.
+    """
+    order = sorted(range(x.ndim), key=lambda d: (x.stride(d), x.shape[d] == 1), reverse=True)
+    if not x.permute(order).is_contiguous():
+        raise UnsupportedOpError("as_strided of a tensor with gaps or overlaps in its storage: index it instead")
+    start = 0 if offset is None else offset - x.storage_offset()
+    positions = torch.arange(x.numel(), device=x.device)
+    return order, aten.as_strided.default(positions, size, stride, start)
+
+
+def in_storage_order(part: Tensor, order: Sequence[int]) -> Tensor:
+    """[K, *shape] -> [K, numel], the elements in the order of the primal's storage."""
+    return part.permute(0, *[d + 1 for d in order]).reshape(part.shape[0], -1)
+
+
+def _as_strided(part: Tensor, y: Tensor, x: Tensor, size: Any, stride: Any, offset: int | None) -> Tensor:
+    order, index = storage_index(x, size, stride, offset)
+    return aten.index.Tensor(in_storage_order(part, order), [None, index])
+
+
+def _nansum(part: Tensor, y: Tensor, x: Tensor, dim: Any, keepdim: bool, dtype: Any) -> Tensor:
+    dims = _dims(dim, x)
+    kept = aten.masked_fill.Scalar(part, x.isnan(), 0.0)
+    return kept if not dims else aten.sum.dim_IntList(kept, dims, keepdim, dtype=dtype)
+
+
+#: Operators that move what they are given and map a stack in one node under vmap.
 MOVES = [
-    aten.view, aten.reshape, aten._unsafe_view, aten.permute, aten.transpose.int, aten.t, aten.numpy_T, aten.mT,
-    aten.unsqueeze, aten.squeeze, aten.expand, aten.flatten, aten.unflatten, aten.movedim, aten.swapaxes,
-    aten.clone, aten.contiguous, aten.alias, aten.view_as, aten.slice.Tensor, aten.select.int, aten.narrow, aten.diagonal,
-    aten.split.Tensor, aten.split_with_sizes, aten.chunk, aten.unbind.int, aten.unfold, aten.as_strided,
-    aten.repeat, aten.tile, aten.flip, aten.roll, aten.rot90, aten.tril, aten.triu, aten.diag_embed, aten.trace,
-    aten.constant_pad_nd, aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d,
-    aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d, aten.pixel_shuffle, aten.pixel_unshuffle,
-    aten.channel_shuffle, aten.im2col, aten.col2im,
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.slice.Tensor, aten.select.int, aten.diagonal.default, aten.unfold.default,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_split.Tensor,
+    aten.unbind.int, aten.flip.default, aten.roll.default, aten.rot90.default, aten.tril.default, aten.triu.default,
+    aten.diag_embed.default, aten.trace.default,
 ]  # fmt: skip
 
-#: Sums, averages and interpolations.
-SUMS = [
-    aten.sum, aten.mean, aten.nansum, aten.cumsum, aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten._adaptive_avg_pool2d,
-    aten._adaptive_avg_pool3d, aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d,
-    aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_trilinear3d, aten.upsample_bicubic2d,
-    aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa,
+#: Sums that vmap maps in one node.
+SUMS = [aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cumsum.default]
+
+#: Operators that give each element another place in the same order. A component need not have the primal's layout.
+RESHAPES = [
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.default, aten._reshape_alias.default,
 ]  # fmt: skip
 
-#: Real-linear operators on complex values, and Fourier transforms.
-COMPLEX = [
-    aten._fft_r2c, aten._fft_c2r, aten._fft_c2c, aten.view_as_real, aten.view_as_complex, aten.real, aten.imag,
-    aten.conj, aten._conj, aten._conj_physical, aten.conj_physical, aten.resolve_conj, aten.resolve_neg,
+#: Copies: a component is never changed in place, so it needs none.
+COPIES = [
+    aten.clone.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten._to_copy.default,
 ]  # fmt: skip
 
-for packet in [*MOVES, *SUMS, *COMPLEX]:
-    register(packet, linear())
-register([aten._to_copy.default, aten.to], linear())
+for op in [*MOVES, *SUMS]:
+    register(op, linear())
+for op in RESHAPES:
+    register(op, mapped(lambda part, y, *_: part.reshape(part.shape[0], *y.shape)))
+for op in COPIES:
+    register(op, mapped(_cast))
+register(aten.expand.default, mapped(lambda part, y, x, *_: align(part, x, y.ndim).expand(-1, *y.shape)))
+register(aten.repeat.default, mapped(lambda part, y, x, sizes: align(part, x, len(sizes)).repeat(1, *sizes)))
+register(
+    aten.unsafe_split_with_sizes.default,
+    mapped(lambda part, y, x, sizes, dim: aten.split_with_sizes.default(part, sizes, axis(dim, x))),
+)
+register(aten.as_strided.default, mapped(_as_strided))
+register(aten.nansum.default, mapped(_nansum))

@@ -32,6 +32,11 @@ def batched(
     return torch.vmap(one)(*stacks.values())
 
 
+def axis(dim: int, x: Tensor) -> int:
+    """Where the dimension ``dim`` of ``x`` is in a stack of its components."""
+    return dim % max(x.ndim, 1) + 1
+
+
 def fold(stacked: Tensor) -> Tensor:
     """[K, N, ...] -> [K * N, ...]: the components as more samples of one batch."""
     return stacked.reshape(-1, *stacked.shape[2:])
