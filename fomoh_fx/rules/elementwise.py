@@ -1,214 +1,101 @@
 """Elementwise operators: one sympy expression each, from which f' and f'' are derived.
 
-For y = f(a, b, ..): y_i = sum_a f_a a_i and y_c = sum_a f_a a_c + sum_ab f_ab [S_c applied to a_i b_j]. Derivatives
-are written in terms of the output ``y`` where that takes fewer operations (tanh: f' = 1 - y^2, f'' = -2 y f'),
-subexpressions are shared, and sympy's own torch printer makes the code.
+For y = f(a, b, ..): y_i = sum_a f_a a_i and y_c = sum_a f_a a_c + sum_ab f_ab [S_c applied to a_i b_j].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
-import sympy
 import torch
-from sympy.functions.elementary.piecewise import Piecewise
-from sympy.printing.pytorch import TorchPrinter
 from torch import Tensor
 
+from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, add
-from fomoh_fx.rules.registry import register
+from fomoh_fx.rules.derivation import Formula, derive
+from fomoh_fx.rules.functions import ARGUMENTS
+from fomoh_fx.rules.registry import Rule, register
 from fomoh_fx.rules.stacking import align, bind, primals
 
 aten = torch.ops.aten
-Y = sympy.Symbol("y", real=True)
-D = sympy.Symbol("d", real=True)  # the first derivative, shared by the second
-ARGUMENTS = ("x", "w", "v")
 
 
-class sigmoid(sympy.Function):
-    """1 / (1 + exp(-x)) without overflow."""
-
-    def fdiff(self, argindex: int = 1) -> sympy.Expr:
-        return self * (1 - self)
-
-
-class ndtri(sympy.Function):
-    """The inverse of the standard normal distribution function."""
-
-    def fdiff(self, argindex: int = 1) -> sympy.Expr:
-        return sympy.sqrt(2 * sympy.pi) * sympy.exp(self**2 / 2)
-
-
-class polygamma(sympy.Function):
-    """The n-th derivative of digamma, n a whole number."""
-
-    def fdiff(self, argindex: int = 2) -> sympy.Expr:
-        return polygamma(self.args[0] + 1, self.args[1])
-
-
-class _Printer(TorchPrinter):
-    """sympy's torch printer, with piecewise values in the dtype of the output and functions that sympy lacks."""
-
-    def __init__(self) -> None:
-        super().__init__({"fully_qualified_modules": False, "inline": True, "allow_unknown_functions": True})
-
-    def _print_Piecewise(self, expr: Piecewise) -> str:
-        *rest, (last, _) = expr.args
-        code = self._print(last)
-        for value, condition in reversed(rest):
-            code = f"select(y, {self._print(condition)}, {self._print(value)}, {code})"
-        return code
-
-    def _print_Function(self, expr: sympy.Function) -> str:
-        try:
-            return super()._print_Function(expr)
-        except NotImplementedError:
-            return f"{type(expr).__name__}({', '.join(map(self._print, expr.args))})"
-
-
-def _select(y: Tensor, condition: Tensor, true: Any, false: Any) -> Tensor:
-    """where() that does not take the default dtype for two Python numbers."""
-    if not isinstance(true, Tensor) and not isinstance(false, Tensor):
-        true = torch.scalar_tensor(true, dtype=y.dtype, device=y.device)
-    return torch.where(condition, true, false)
-
-
-FUNCTIONS = {"sigmoid": sigmoid, "ndtri": ndtri, "polygamma": polygamma}
-_TORCH = {
-    "select": _select,
-    "ndtri": torch.special.ndtri,
-    "polygamma": lambda n, x: torch.special.polygamma(int(n), x),
-    "loggamma": torch.lgamma,
-    "lgamma": torch.lgamma,
-}
-
-
-def _numeric(expression: sympy.Expr) -> sympy.Expr:
-    """Irrational constants as floating-point numbers: torch functions take no Python numbers."""
-    return expression.replace(lambda e: e.is_number and e.is_irrational, lambda e: sympy.Float(float(e), 17))
-
-
-@cache
-def _first(expression: str, given: str | None, names: tuple[str, ...], at: int) -> sympy.Expr:
-    """f_a for the argument number ``at``, in terms of the arguments and, where it is cheaper, of the output y."""
-    symbols = [sympy.Symbol(name, real=True) for name in names]
-    space = {**FUNCTIONS, **dict(zip(names, symbols, strict=True)), "y": Y}
-    if given is not None:
-        return sympy.sympify(given, locals=space)
-    f = sympy.sympify(expression, locals=space)
-    x = symbols[at]
-    derivative = sympy.diff(f, x).replace(sympy.DiracDelta, lambda *_: sympy.Integer(0))
-    candidates = [derivative, derivative.subs(f, Y), sympy.simplify(derivative.subs(f, Y))]
-    if len(names) == 1 and not f.has(sympy.Abs, Piecewise):
-        try:
-            inverses = sympy.solve(f - Y, x)
-        except NotImplementedError:
-            inverses = []
-        if len(inverses) == 1:
-            candidates.append(sympy.simplify(derivative.subs(x, inverses[0])))
-    usable = [c for c in candidates if not c.has(sympy.Derivative, sympy.I)]
-    return min(usable, key=lambda c: (_cost(c), str(c)))
-
-
-def _cost(expression: sympy.Expr) -> int:
-    """Arithmetic is cheap, a transcendental function of a whole tensor is not, and a power is a square root or worse."""
-    functions = expression.atoms(sympy.Function)
-    roots = [p for p in expression.atoms(sympy.Pow) if not p.exp.is_Integer]
-    return sympy.count_ops(expression) + 10 * len(functions) + 4 * len(roots)
-
-
-@cache
-def _compiled(
-    expression: str, given: tuple[str | None, ...] | None, names: tuple[str, ...], constants: tuple[Any, ...],
-    active: tuple[int, ...], second: bool,
-) -> tuple[Callable[..., list[Any]], list[tuple[int, ...]]]:  # fmt: skip
-    """One function of (arguments, y) that returns the non-zero partial derivatives, and what each of them is.
-
-    Constants are known numbers (a power's exponent), substituted before differentiation.
-    """
-    symbols = [sympy.Symbol(name, real=True) for name in names]
-    known = {s: sympy.nsimplify(c) for s, c in zip(symbols, constants, strict=True) if c is not None}
-    if known and given is None:
-        space = {**FUNCTIONS, **dict(zip(names, symbols, strict=True))}
-        expression = str(sympy.sympify(expression, locals=space).subs(known))
-    wanted: list[tuple[int, ...]] = []
-    values: list[sympy.Expr] = []
-    for n, a in enumerate(active):
-        first = _first(expression, given[a] if given else None, names, a).subs(known)
-        wanted.append((a,))
-        values.append(first)
-        for b in active[n:] if second else ():
-            value = sympy.diff(first, symbols[b])
-            if first.has(Y):
-                through = D if b == a else _first(expression, given[b] if given else None, names, b).subs(known)
-                value = value + sympy.diff(first, Y) * through
-            value = value.replace(sympy.DiracDelta, lambda *_: sympy.Integer(0))
-            value = value.subs(D, first) if first.is_number else value
-            wanted.append((a, b))
-            values.append(sympy.factor_terms(value) if value.has(D) else _cheaper(value))
-    keep = [i for i, v in enumerate(values) if v != 0]
-    wanted, values = [wanted[i] for i in keep], [values[i] for i in keep]
-    firsts = {w: v for w, v in zip(wanted, values, strict=True) if len(w) == 1}
-    values = [v.subs(D, firsts[w[:1]]) if v.has(D) else v for w, v in zip(wanted, values, strict=True)]
-    values = [_numeric(v) for v in values]
-    code = sympy.lambdify([*symbols, Y], values, modules=[_TORCH, "torch"], printer=_Printer(), cse=True)
-    return code, wanted
-
-
-def _cheaper(value: sympy.Expr) -> sympy.Expr:
-    return min((value, sympy.simplify(value)), key=lambda c: (_cost(c), str(c)))
-
-
-def elementwise(expression: str, *, first: str | tuple[str | None, ...] | None = None) -> Callable[..., HyperDual]:
+def elementwise(
+    expression: str, *, first: str | tuple[str | None, ...] | None = None, second: str | tuple[str, ...] | None = None
+) -> Rule:
     """The rule of an operator that computes ``expression`` in each element.
 
     Args:
-        expression: in sympy's syntax; the arguments are its symbols in alphabetical order x, w.. as listed by
-            :data:`ARGUMENTS` (``x`` the first, ``w`` the second, ``v`` the third).
-        first: f' given by hand, in terms of the arguments and the output ``y``, where the derived form would
-            overflow or cancel; one for each argument. The second derivative is derived from it.
+        expression: in sympy's syntax; x, w, v and u are the operator's first to fourth argument.
+        first: f_x, f_w, .. given by hand, in terms of the arguments and of the output y, where the derived form would
+            overflow or cancel; None for an argument in which no derivative exists.
+        second: f_xx, f_xw, .., f_ww, .. likewise, in terms of the first derivatives dx, dw, .. as well.
     """
-    space = {**FUNCTIONS, **{name: sympy.Symbol(name, real=True) for name in ARGUMENTS}}
-    free = {str(s) for s in sympy.sympify(expression, locals=space).free_symbols}
-    names = tuple(name for name in ARGUMENTS if name in free) or ("x",)
     given = (first,) if isinstance(first, str) else first
+    return served(Formula(expression, given, (second,) if isinstance(second, str) else second))
+
+
+def served(formula: Formula) -> Rule:
+    """The rule of a formula."""
 
     def rule(op: Callable[..., Tensor], components: Components, *args: Any, **kwargs: Any) -> HyperDual:
         plain, options = primals(args, kwargs)
         y = op(*plain, **options)
-        operands = bind(op, args, kwargs)[: len(names)]
-        values = [a.primal if isinstance(a, HyperDual) else a for a in operands]
-        active = tuple(n for n, a in enumerate(operands) if isinstance(a, HyperDual))
-        constants = tuple(_exact(v) for v in values)
-        second = components.second_order is not None and any(operands[n].tangent is not None for n in active)
-        derivatives, wanted = _compiled(expression, given, names, constants, active, second)
-        partial = dict(zip(wanted, derivatives(*values, y), strict=True))
-
-        def of(n: int, part: str) -> Tensor | None:
-            stacked = getattr(operands[n], part)
-            return None if stacked is None else align(stacked, operands[n].primal, y.ndim)
-
-        tangents = {n: of(n, "tangent") for n in active}
-        tangent = add(*(_times(partial.get((n,)), tangents[n]) for n in active))
-        cross = None
-        if components.second_order is not None:
-            cross = add(*(_times(partial.get((n,)), of(n, "cross")) for n in active))
-            for n, m in (w for w in wanted if len(w) == 2):
-                x, w = tangents[n], tangents[m]
-                if x is not None and w is not None:
-                    pair = components.square(x) if n == m else components.product(torch.mul, x, w)
-                    cross = add(cross, _times(partial[n, m], pair))
-        return HyperDual(y, tangent, cross)
+        return expand(formula, op, components, y, bind(op, args, kwargs))
 
     rule.kind = "elementwise"  # type: ignore[attr-defined]
-    rule.expression, rule.names, rule.first = expression, names, given  # type: ignore[attr-defined]
+    rule.formula = formula  # type: ignore[attr-defined]
     return rule
 
 
-def _exact(value: Any) -> Any:
-    """Numbers worth substituting: whole and half numbers (exponents), which simplify the derivatives."""
+def expand(formula: Formula, op: Any, components: Components, y: Tensor, operands: list[Any]) -> HyperDual:
+    """The components of y, the value of the formula at the operands."""
+    active = tuple(n for n, a in enumerate(operands) if isinstance(a, HyperDual))
+    for n in active:
+        if not formula.has_derivative(n):
+            raise UnsupportedOpError(f"no derivative in its argument {op._schema.arguments[n].name!r} is known")
+    operands = [_like(y, a) for a in operands[: formula.arity]]
+    known = tuple(_known(formula, operands, n) for n in range(formula.arity))
+    active = tuple(n for n in active if not isinstance(known[n], str))
+    second = components.second_order is not None and any(operands[n].tangent is not None for n in active)
+    partials = derive(formula, known, active, second)
+    values = [a.primal if isinstance(a, HyperDual) else a for a in operands]
+    partial = dict(zip(partials.wanted, partials.run(*values, y), strict=True))
+
+    def of(n: int, part: str) -> Tensor | None:
+        stacked = getattr(operands[n], part)
+        return None if stacked is None else align(stacked, operands[n].primal, y.ndim)
+
+    tangents = {n: of(n, "tangent") for n in active}
+    tangent = add(*(_times(partial.get((n,)), tangents[n]) for n in active))
+    cross = None
+    if components.second_order is not None:
+        cross = add(*(_times(partial.get((n,)), of(n, "cross")) for n in active))
+        for n, m in (pair for pair in partials.wanted if len(pair) == 2):
+            x, w = tangents[n], tangents[m]
+            if x is not None and w is not None:
+                pairs = components.square(x) if n == m else components.product(torch.mul, x, w)
+                cross = add(cross, _times(partial[n, m], pairs))
+    return HyperDual(y, tangent, cross)
+
+
+def _like(y: Tensor, operand: Any) -> Any:
+    """The operand in the output's dtype, to which PyTorch promotes it before it computes."""
+    if isinstance(operand, HyperDual):
+        parts = (None if part is None else part.to(y.dtype) for part in (operand.tangent, operand.cross))
+        return operand if operand.primal.dtype == y.dtype else HyperDual(operand.primal.to(y.dtype), *parts)
+    return operand.to(y.dtype) if isinstance(operand, Tensor) and operand.dtype != y.dtype else operand
+
+
+def _known(formula: Formula, operands: list[Any], n: int) -> Any:
+    """What is known of an argument before it is differentiated.
+
+    A whole or half number (an exponent) simplifies the derivatives; x * x is a function of one argument.
+    """
+    value = operands[n]
+    if isinstance(value, HyperDual):
+        return next((ARGUMENTS[m] for m in range(n) if operands[m] is value and formula.first is None), None)
     return value if type(value) in (int, float) and abs(value) < 1e6 and value * 2 == int(value * 2) else None
 
 
@@ -221,107 +108,166 @@ def _times(factor: Any, component: Tensor | None) -> Tensor | None:
     return factor * component
 
 
-def gated(gate: Callable[..., Tensor]) -> Callable[..., HyperDual]:
+def gated(gate: Callable[..., Tensor]) -> Rule:
     """The rule of an operator whose derivative is one where ``gate(y, *args)`` holds and zero elsewhere.
 
     Components are selected, not multiplied, so that nothing infinite or undefined leaks from the side not taken.
     """
 
-    def rule(op: Callable[..., Tensor], components: Components, x: Any, *args: Any, **kwargs: Any) -> HyperDual:
+    def rule(op: Callable[..., Tensor], components: Components, x: HyperDual, *args: Any, **kwargs: Any) -> HyperDual:
         plain, options = primals((x, *args), kwargs)
         y = op(*plain, **options)
         open_ = gate(y, *bind(op, plain, options))
-        return HyperDual(y, *(None if p is None else aten.where.ScalarOther(open_, p, 0.0) for p in (x.tangent, x.cross)))
+        return HyperDual(y, *(None if p is None else torch.where(open_, p, 0.0) for p in (x.tangent, x.cross)))
 
     rule.kind = "gated"  # type: ignore[attr-defined]
     return rule
 
 
-UNARY: dict[Any, str | tuple[str, str]] = {
-    aten.exp: "exp(x)",
-    aten.exp2: "2**x",
-    aten.expm1: ("exp(x) - 1", "y + 1"),
-    aten.log: "log(x)",
-    aten.log2: "log(x)/log(2)",
-    aten.log10: "log(x)/log(10)",
-    aten.log1p: "log(1 + x)",
-    aten.sqrt: "sqrt(x)",
-    aten.rsqrt: "1/sqrt(x)",
-    aten.reciprocal: "1/x",
-    aten.square: "x**2",
-    aten.neg: "-x",
-    aten.positive: "x",
-    aten.sin: "sin(x)",
-    aten.cos: "cos(x)",
-    aten.tan: "tan(x)",
-    aten.asin: "asin(x)",
-    aten.acos: "acos(x)",
-    aten.atan: "atan(x)",
-    aten.sinh: "sinh(x)",
-    aten.cosh: "cosh(x)",
-    aten.tanh: "tanh(x)",
-    aten.asinh: "asinh(x)",
-    aten.acosh: "acosh(x)",
-    aten.atanh: "atanh(x)",
-    aten.sigmoid: ("sigmoid(x)", "y*(1 - y)"),
-    aten.silu: "x*sigmoid(x)",
-    aten.mish: "x*tanh(log(1 + exp(x)))",
-    aten.erf: "erf(x)",
-    aten.erfc: "erfc(x)",
-    aten.erfinv: ("erfinv(x)", "sqrt(pi)/2*exp(y**2)"),
-    aten.lgamma: ("loggamma(x)", "polygamma(0, x)"),
-    aten.digamma: "polygamma(0, x)",
-    aten.special_ndtri: "ndtri(x)",
-    aten.logit: "log(x/(1 - x))",
-    aten.deg2rad: "x*pi/180",
-    aten.rad2deg: "x*180/pi",
-    aten.softplus: ("log(1 + exp(x*w))/w", "Piecewise((1, x*w > v), (sigmoid(x*w), True))"),
-    aten.leaky_relu: ("Piecewise((x, x > 0), (x*w, True))", "Piecewise((1, x > 0), (w, True))"),
-    aten.hardswish: (
-        "Piecewise((0, x < -3), (x, x > 3), (x*(x + 3)/6, True))",
-        "Piecewise((0, x < -3), (1, x > 3), (x/3 + 1/2, True))",
-    ),
-    aten.hardsigmoid: (
-        "Piecewise((0, x < -3), (1, x > 3), (x/6 + 1/2, True))",
-        "Piecewise((1/6, (x > -3) & (x < 3)), (0, True))",
-    ),
-}
+def _cases(*cases: str) -> str:
+    """value if condition, .., otherwise the last value."""
+    *conditional, last = cases
+    return f"Piecewise({', '.join(f'({c})' for c in (*conditional, f'{last}, True'))})"
 
-BINARY: dict[Any, str | tuple[str, tuple[str | None, ...]]] = {
+
+def _sinc(derivative: int) -> str:
+    """A derivative of sin(pi x)/(pi x) near zero, where the closed form cancels; exact in float64 for |x| < 1/8."""
+    terms = [
+        f"(-1)**{k}*pi**{2 * k}*{_falling(2 * k, derivative)}*x**{2 * k - derivative}/factorial({2 * k + 1})"
+        for k in range(1, 9)
+    ]
+    return f"horner({' + '.join(terms)})"
+
+
+def _falling(n: int, count: int) -> int:
+    return 1 if count == 0 else n * _falling(n - 1, count - 1)
+
+
+_NEAR_ZERO = "Abs(x) < 1/8"
+
+ROWS: dict[Any, str | Formula] = {
+    # powers, exponentials, logarithms
+    aten.square.default: "x**2",
+    aten.sqrt.default: "sqrt(x)",
+    aten.rsqrt.default: "1/sqrt(x)",
+    aten.reciprocal.default: "1/x",
+    aten.exp.default: "exp(x)",
+    aten.exp2.default: "2**x",
+    aten.expm1.default: "exp(x) - 1",
+    aten.log.default: "log(x)",
+    aten.log2.default: "log(x)/log(2)",
+    aten.log10.default: "log(x)/log(10)",
+    aten.log1p.default: "log1p(x)",
+    aten.logit.default: Formula("log(x/(1 - x))", ("1/(x*(1 - x))",), ("(2*x - 1)*dx**2",)),
+    # trigonometric and hyperbolic functions; (1 - x)(1 + x) does not cancel near one as 1 - x^2 does
+    aten.sin.default: "sin(x)",
+    aten.cos.default: "cos(x)",
+    aten.tan.default: "tan(x)",
+    aten.asin.default: Formula("asin(x)", ("1/sqrt((1 - x)*(1 + x))",), ("x*dx**3",)),
+    aten.acos.default: Formula("acos(x)", ("-1/sqrt((1 - x)*(1 + x))",), ("x*dx**3",)),
+    aten.atan.default: "atan(x)",
+    aten.sinh.default: "sinh(x)",
+    aten.cosh.default: "cosh(x)",
+    aten.tanh.default: "tanh(x)",
+    aten.asinh.default: "asinh(x)",
+    aten.acosh.default: Formula("acosh(x)", ("1/(sqrt(x - 1)*sqrt(x + 1))",), ("-x*dx**3",)),
+    aten.atanh.default: Formula("atanh(x)", ("1/((1 - x)*(1 + x))",), ("2*x*dx**2",)),
+    aten.sinc.default: Formula(
+        "sin(pi*x)/(pi*x)",
+        (_cases(f"{_sinc(1)}, {_NEAR_ZERO}", "(cos(pi*x) - y)/x"),),
+        (_cases(f"{_sinc(2)}, {_NEAR_ZERO}", "-pi**2*y - 2*dx/x"),),
+    ),
+    # activations
+    aten.sigmoid.default: "sigmoid(x)",
+    aten.log_sigmoid.default: Formula("log(sigmoid(x))", ("sigmoid(-x)",), ("dx*(dx - 1)",)),
+    aten.silu.default: "x*sigmoid(x)",
+    aten.mish.default: "x*tanh(softplus(x))",
+    aten.softplus.default: Formula("log(1 + exp(x*w))/w", (_cases("1, x*w > v", "sigmoid(x*w)"), None, None)),
+    aten.elu.default: Formula(
+        "", (_cases("v, x > 0", "u*v*w*exp(u*x)"), None, None, None), (_cases("0, x >= 0", "u**2*v*w*exp(u*x)"),)
+    ),
+    aten.celu.default: Formula("", (_cases("1, x > 0", "exp(x/w)"), None), (_cases("0, x >= 0", "exp(x/w)/w"),)),
+    aten.leaky_relu.default: Formula("", (_cases("1, x > 0", "w"), None)),
+    aten._prelu_kernel.default: Formula(
+        "", (_cases("1, x > 0", "w"), _cases("0, x > 0", "x")), ("0", _cases("0, x >= 0", "1"), "0")
+    ),
+    aten.hardswish.default: Formula("", (_cases("0, x <= -3", "1, x >= 3", "x/3 + 1/2"),)),
+    aten.hardsigmoid.default: Formula("", (_cases("1/6, (x > -3) & (x < 3)", "0"),)),
+    # special functions
+    aten.erf.default: "erf(x)",
+    aten.erfc.default: "erfc(x)",
+    aten.erfinv.default: "erfinv(x)",
+    aten.special_erfcx.default: "erfcx(x)",
+    aten.special_ndtr.default: Formula("erfc(-x/sqrt(2))/2", ("exp(-x**2/2)/sqrt(2*pi)",)),
+    aten.special_log_ndtr.default: Formula("", ("sqrt(2/pi)/erfcx(-x/sqrt(2))",), ("-dx*(x + dx)",)),
+    aten.special_ndtri.default: "ndtri(x)",
+    aten.special_entr.default: Formula("-x*log(x)", ("-log(x) - 1",)),
+    aten.lgamma.default: "lgamma(x)",
+    aten.digamma.default: "polygamma(0, x)",
+    aten.polygamma.default: Formula("polygamma(x, w)", (None, "polygamma(x + 1, w)")),
+    aten.i0.default: "i0(x)",
+    aten.special_i0e.default: "i0e(x)",
+    aten.special_i1.default: "i1(x)",
+    aten.special_i1e.default: "i1e(x)",
+    aten.igamma.default: Formula("", (None, "exp((x - 1)*log(w) - w - lgamma(x))")),
+    aten.igammac.default: Formula("", (None, "-exp((x - 1)*log(w) - w - lgamma(x))")),
+    (aten.special_zeta.default, aten.special_zeta.self_scalar): Formula(
+        "zeta(x, w)", (None, "-x*zeta(x + 1, w)")
+    ),
+    # signs, rounding and units
+    aten.neg.default: "-x",
+    aten.abs.default: "Abs(x)",
+    aten.positive.default: "x",
+    aten.frac.default: Formula("", ("1",)),
+    aten.deg2rad.default: "x*pi/180",
+    aten.rad2deg.default: "x*180/pi",
+    (aten.copysign.Tensor, aten.copysign.Scalar): Formula("", ("sign(x)*sign(y)", "0")),
+    (aten.fmod.Tensor, aten.fmod.Scalar): Formula("", ("1", "-truncated_quotient(x, w)")),
+    (aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor): Formula(
+        "", ("1", "-floored_quotient(x, w)")
+    ),
+    # two and more arguments
     (aten.add.Tensor, aten.add.Scalar): "x + w*v",
     (aten.sub.Tensor, aten.sub.Scalar): "x - w*v",
     (aten.rsub.Tensor, aten.rsub.Scalar): "w - x*v",
     (aten.mul.Tensor, aten.mul.Scalar): "x*w",
-    (aten.div.Tensor, aten.div.Scalar): "x/w",
-    (aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar): "x**w",
-    aten.atan2.default: ("atan2(x, w)", ("w/(x**2 + w**2)", "-x/(x**2 + w**2)")),
-    aten.hypot.default: ("sqrt(x**2 + w**2)", ("x/y", "w/y")),
-}
+    (aten.div.Tensor, aten.div.Scalar): Formula("x/w", ("1/w", "-y/w"), ("0", "-dx**2", "-2*dw/w")),
+    (
+        aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar,
+        aten.float_power.Tensor_Scalar, aten.float_power.Tensor_Tensor, aten.float_power.Scalar,
+    ): "power(x, w)",
+    aten.ldexp.Tensor: "x*2**w",
+    aten.hypot.default: Formula("sqrt(x**2 + w**2)", ("x/y", "w/y"), ("dw**2/y", "-dx*dw/y", "dx**2/y")),
+    aten.atan2.default: Formula(
+        "atan2(x, w)", ("w*inverse(x**2 + w**2)", "-x*inverse(x**2 + w**2)"), ("2*dx*dw", "dw**2 - dx**2", "-2*dx*dw")
+    ),
+    aten.logaddexp.default: Formula(
+        "log(exp(x) + exp(w))", ("sigmoid(x - w)", "sigmoid(w - x)"), ("dx*dw", "-dx*dw", "dx*dw")
+    ),
+    aten.logaddexp2.default: Formula(
+        "log(2**x + 2**w)/log(2)",
+        ("sigmoid(log(2)*(x - w))", "sigmoid(log(2)*(w - x))"),
+        ("log(2)*dx*dw", "-log(2)*dx*dw", "log(2)*dx*dw"),
+    ),
+    (aten.xlogy.Tensor, aten.xlogy.Scalar_Other, aten.xlogy.Scalar_Self): Formula(
+        "x*log(w)", (_cases("0, Eq(x, 0) & (w <= 0)", "log(w)"), "x/w")
+    ),
+    (aten.special_xlog1py.default, aten.special_xlog1py.other_scalar, aten.special_xlog1py.self_scalar): Formula(
+        "x*log1p(w)", (_cases("0, Eq(x, 0) & (w <= -1)", "log1p(w)"), "x/(1 + w)")
+    ),
+}  # fmt: skip
 
 GATED: dict[Any, Callable[..., Tensor]] = {
-    aten.relu: lambda y, x: y > 0,
-    aten.relu6: lambda y, x: (y > 0) & (y < 6),
-    aten.threshold: lambda y, x, threshold, value: x > threshold,
-    aten.hardtanh: lambda y, x, low, high: (x > low) & (x < high),
-    aten.hardshrink: lambda y, x, bound: x.abs() > bound,
-    aten.softshrink: lambda y, x, bound: x.abs() > bound,
+    aten.relu.default: lambda y, x: y > 0,
+    aten.relu6.default: lambda y, x: (y > 0) & (y < 6),
+    aten.threshold.default: lambda y, x, threshold, value: x > threshold,
+    aten.hardtanh.default: lambda y, x, low, high: (x > low) & (x < high),
+    aten.hardshrink.default: lambda y, x, bound: x.abs() > bound,
+    aten.softshrink.default: lambda y, x, bound: x.abs() > bound,
+    aten.nan_to_num.default: lambda y, x, nan, positive, negative: x.isfinite(),
 }
 
-_GELU = {
-    "none": elementwise("x*(1 + erf(x/sqrt(2)))/2"),
-    "tanh": elementwise("x*(1 + tanh(sqrt(2/pi)*(x + 0.044715*x**3)))/2"),
-}
-
-
-def _gelu(op: Any, components: Components, x: HyperDual, *, approximate: str = "none") -> HyperDual:
-    return _GELU[approximate](op, components, x, approximate=approximate)
-
-
-_gelu.kind = "elementwise"  # type: ignore[attr-defined]
-
-for table in (UNARY, BINARY):
-    for ops, row in table.items():
-        register(ops, elementwise(row) if isinstance(row, str) else elementwise(row[0], first=row[1]))
+for ops, row in ROWS.items():
+    register(ops, served(Formula(row) if isinstance(row, str) else row))
 for ops, gate in GATED.items():
     register(ops, gated(gate))
-register(aten.gelu.default, _gelu)
