@@ -1,0 +1,121 @@
+"""Checking a whole model: value, tangents, crosses and updated buffers against the oracle, eagerly and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fomoh_fx
+from fomoh_fx.hyperdual import Components
+from tests.oracle import finite_differences, relative_error, reverse_over_reverse
+
+
+def projection(output: Any, *targets: Any) -> Tensor:
+    """A scalar of every floating-point leaf that no derivative vanishes in: sum of y sin(i) + y^2 / 2, averaged."""
+    del targets
+    total = []
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+            y = (torch.view_as_real(leaf) if leaf.is_complex() else leaf).reshape(-1)
+            weights = torch.sin(torch.arange(1, y.numel() + 1, dtype=y.dtype))
+            total.append((y * weights + y.square() / 2).mean())
+    return torch.stack(total).sum()
+
+
+@dataclass
+class Problem:
+    """A model in float64 with the arguments of one call.
+
+    ``wrt`` is what carries tangents; ``active`` numbers the positional arguments for ``wrt="inputs"``. ``tolerance``
+    is norm-wise; ``truth`` is ``"reverse"`` or ``"difference"``.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    loss: Callable[..., Tensor] = projection
+    targets: tuple[Any, ...] = ()
+    wrt: str = "parameters"
+    active: Sequence[int] = (0,)
+    truth: str = "reverse"
+    tolerance: float = 1e-8
+
+    def directions(self, count: int) -> Any:
+        """Random tangents for everything that ``wrt`` selects."""
+        generator = torch.Generator().manual_seed(1)
+
+        def stack(x: Tensor) -> Tensor:
+            return torch.randn(count, *x.shape, dtype=x.dtype, generator=generator)
+
+        if self.wrt == "inputs":
+            return tuple(stack(a) if i in self.active else None for i, a in enumerate(self.args))
+        return {name: stack(p) for name, p in self.model.named_parameters()}
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def truth_of(problem: Problem, tangents: Any) -> tuple[Tensor, Tensor, Tensor, nn.Module]:
+    """Value, tangents [K], crosses [K, K], and the model whose buffers one evaluation has updated."""
+    model = deepcopy(problem.model)
+    if problem.wrt == "inputs":
+        keys: list[Any] = list(problem.active)
+        points = [problem.args[i] for i in keys]
+        stacks = [tangents[i] for i in keys]
+    else:
+        keys = list(tangents)
+        named = dict(model.named_parameters(remove_duplicate=False))
+        points, stacks = [named[name] for name in keys], [tangents[name] for name in keys]
+    is_complex = [p.is_complex() for p in points]
+
+    def function(*values: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        shaped = [torch.view_as_complex(v) if c else v for v, c in zip(values, is_complex, strict=True)]
+        at = dict(zip(keys, shaped, strict=True))
+        if problem.wrt == "inputs":
+            output = model(*(at.get(i, a) for i, a in enumerate(problem.args)), **problem.kwargs)
+        else:
+            output = torch.func.functional_call(model, at, problem.args, problem.kwargs)
+        return problem.loss(output, *problem.targets)
+
+    oracle = reverse_over_reverse if problem.truth == "reverse" else finite_differences
+    points = [_real(p.detach()) for p in points]
+    return (*oracle(function, points, [_real(s) for s in stacks]), model)
+
+
+def check(
+    problem: Problem,
+    second_order: str | None = "plane",
+    directions: int = 2,
+    lower: Callable[[Any], Any] = lambda hd: hd,
+    options: dict[str, Any] | None = None,
+) -> fomoh_fx.HyperDual:
+    """Compare with the oracle; ``lower`` may compile the transformed model."""
+    tangents = problem.directions(directions)
+    value, slopes, crosses, updated = truth_of(problem, tangents)
+    hd = fomoh_fx.transform(problem.model, problem.loss, wrt=problem.wrt, second_order=second_order)  # type: ignore[arg-type]
+    hd = lower(hd)
+    torch.manual_seed(0)
+    out = hd(*problem.args, tangents=tangents, targets=problem.targets, **problem.kwargs)
+    expected = {"primal": value, "tangent": slopes}
+    if second_order is not None:
+        pairs = Components(directions, second_order).pairs  # type: ignore[arg-type]
+        listed = torch.stack([crosses[i, j] for i, j in pairs])
+        expected["cross"] = listed.sum(0) if second_order == "trace" else listed
+    for part, truth in expected.items():
+        actual = getattr(out, part)
+        assert actual.shape == truth.shape and actual.dtype == truth.dtype, part
+        error = float((actual - truth).norm() / truth.norm())
+        assert error < problem.tolerance, f"{part}: {error:.1e}"
+    if problem.truth == "reverse":  # finite differences evaluate several times
+        buffers = dict(updated.named_buffers())
+        for name, buffer in problem.model.named_buffers():
+            assert relative_error(buffer.double(), buffers[name].double()) < 1e-12, f"buffer {name}"
+    return out
