@@ -9,10 +9,13 @@ operators. A custom autograd Function is served the same way, by its own backwar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
@@ -23,10 +26,11 @@ from fomoh_fx.passes.activity import analyse
 from fomoh_fx.passes.eliminate import eliminate
 from fomoh_fx.passes.expand import Layout, Scope, expand
 from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
-from fomoh_fx.passes.retrace import retrace
+from fomoh_fx.passes.retrace import node_of, retrace
 from fomoh_fx.passes.simplify import simplify
 from fomoh_fx.rules.linear import joined
-from fomoh_fx.rules.registry import DEFAULT, Operator, Rule, register
+from fomoh_fx.rules.random import SHAPES
+from fomoh_fx.rules.registry import DEFAULT, Operator, Rule, overloads, register
 
 Function = Callable[..., Any]
 
@@ -117,12 +121,20 @@ class _Derivative:
     def __init__(self, push: Callable[..., list[Tensor]], active: Sequence[int], xs: Sequence[Tensor]) -> None:
         self.push, self.active, self.xs = push, active, xs
 
+    def _abstract(self) -> ExitStack:
+        """Graphs are recorded apart from a trace under way, on fake tensors also where the rule runs on real ones."""
+        stack = ExitStack()
+        stack.enter_context(disable_proxy_modes_tracing())
+        if detect_fake_mode(list(self.xs)) is None:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        return stack
+
     def first(self, parts: Sequence[Tensor | None]) -> list[Tensor] | None:
         """T(x, v_i) for stacks of v; None where no argument has the component."""
         which = [i for i, part in enumerate(parts) if part is not None]
         if not which:
             return None
-        with disable_proxy_modes_tracing():
+        with self._abstract():
             module = self._first_graph(which)
         return self._over_stacks(module, [parts[i] for i in which])
 
@@ -131,7 +143,7 @@ class _Derivative:
         which = [i for i, part in enumerate(parts) if part is not None]
         if not which:
             return None
-        with disable_proxy_modes_tracing():
+        with self._abstract():
             module, layout = self._second_graph(which)
         if not layout.tangents:
             return None
@@ -205,16 +217,43 @@ def forward_mode(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *arg
 
 
 def transposed(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-    """T by transposing PyTorch's reverse-mode formula: T(x, v) = d/dg <v, phi'(x)^T g>."""
+    """T by transposing PyTorch's reverse-mode formula: T(x, v) = d/dg <v, phi'(x)^T g>.
+
+    An argument that gets no gradient contributes nothing, and an output that gives none is constant.
+    """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     with torch.enable_grad():
         xs = [leaves[i].detach().requires_grad_() for i in which]
         moved = dict(zip(which, xs, strict=True))
         args, kwargs = pytree.tree_unflatten([moved.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
         outputs = [o for o in pytree.tree_leaves(op(*args, **kwargs)) if _is_differentiable(o)]
-        gs = [torch.zeros_like(o).requires_grad_() for o in outputs]
-        pulled = torch.autograd.grad(outputs, xs, gs, create_graph=True)
-        return torch.autograd.grad(pulled, gs, list(tangents))
+        connected = [o for o in outputs if o.requires_grad]
+        gs = [torch.zeros_like(o).requires_grad_() for o in connected]
+        pulled = torch.autograd.grad(connected, xs, gs, create_graph=True, allow_unused=True) if connected else []
+        pairs = [(p, v) for p, v in zip(pulled, tangents, strict=False) if p is not None]
+        found = [torch.autograd.grad(p, gs, v, retain_graph=True, allow_unused=True) for p, v in pairs if p.requires_grad]
+    if len(found) < len(pairs) or any(part == (None,) * len(gs) for part in found):
+        raise UnsupportedOpError("its backward cannot be differentiated in the incoming gradient")
+    parts = {id(o): add(*(part[i] for part in found)) for i, o in enumerate(connected)}
+    _refuse_nonlinear(gs, [part for part in parts.values() if part is not None])
+    return [torch.zeros_like(o) if parts.get(id(o)) is None else parts[id(o)] for o in outputs]
+
+
+SHAPES_ONLY = frozenset(overloads(SHAPES))  # their results do not depend on an argument's values
+
+
+def _refuse_nonlinear(gs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """The derivative of a linear backward in the incoming gradient does not depend on that gradient's values."""
+    incoming = {node_of(g) for g in gs}
+    found, front = set(), [node_of(result) for result in results]
+    while front:
+        node = front.pop()
+        if node is None or node in found:
+            continue
+        if node in incoming:
+            raise UnsupportedOpError("its backward is not linear in the incoming gradient (does it clip or normalise?)")
+        found.add(node)
+        front += [] if node.target in SHAPES_ONLY else node.all_input_nodes
 
 
 def _is_differentiable(value: Any) -> bool:
@@ -259,11 +298,11 @@ def custom_function(op: Any, which: Sequence[int], tangents: Sequence[Tensor], i
     """T of a custom autograd Function: its backward, transposed."""
     try:
         return transposed(lambda tensors: CALLS[call](tensors), which, tangents, inputs)
-    except RuntimeError as error:
-        name = CALLS[call].function.__name__
+    except Exception as error:  # whatever the user's backward raises on tensors that are being traced
+        name, reason = CALLS[call].function.__name__, str(error).splitlines()[0]
         raise UnsupportedOpError(
-            f"the backward of the custom autograd Function {name} cannot be transposed ({str(error).splitlines()[0]}); "
-            "write it in differentiable torch functions that are linear in the incoming gradient"
+            f"the backward of the custom autograd Function {name} cannot be transposed ({reason}); write it in "
+            "differentiable torch functions that are linear in the incoming gradient"
         ) from error
 
 
