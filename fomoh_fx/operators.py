@@ -42,12 +42,14 @@ class FunctionCall:
         """Apply the Function, with its own backward, to other tensors."""
         mine = iter(tensors)
         filled = [next(mine) if t else leaf for t, leaf in zip(self.is_tensor, self.leaves, strict=True)]
-        out = ORIGINAL_APPLY.__get__(None, self.function)(*pytree.tree_unflatten(filled, self.spec))
+        out = apply_function(self.function, *pytree.tree_unflatten(filled, self.spec))
         self.returns_tensor = isinstance(out, Tensor)
         return [out] if self.returns_tensor else list(out)
 
 
-ORIGINAL_APPLY = torch.autograd.Function.__dict__["apply"]
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)`` as PyTorch does it, also while capture records such calls instead."""
+    return torch._C._FunctionBase.__dict__["apply"].__get__(None, function)(*args)
 
 
 def _run_custom_function(inputs: list[Tensor], call: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import traceback
 import warnings
@@ -70,10 +71,28 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
             refused.append(f"{name}: {_reason(error)}")
             continue
         program.refused = refused
+        _share_tied_parameters(program, root)
         _name_inputs(program)
         return program
     reasons = "\n  ".join(refused)
     raise CaptureError(f"model: no frontend could capture it as one graph\n  {reasons}")
+
+
+def _share_tied_parameters(program: Program, root: Root) -> None:
+    """One parameter under several names is one input, under its first name: export lists it under each of them."""
+    names = dict(root.named_parameters(remove_duplicate=False))
+    first: dict[Tensor, fx.Node] = {}
+    kept: list[Input] = []
+    for node, what in zip(program.placeholders, program.inputs, strict=True):
+        parameter = names.get(what.name if what.name in names else f"model.{what.name}")
+        if what.kind == "parameter" and parameter in first:
+            node.replace_all_uses_with(first[parameter])
+            program.module.graph.erase_node(node)
+            continue
+        if what.kind == "parameter" and parameter is not None:
+            first[parameter] = node
+        kept.append(what)
+    program.inputs = kept
 
 
 def _name_inputs(program: Program) -> None:
@@ -93,7 +112,20 @@ def _tracing_state() -> Iterator[None]:
         stack.enter_context(fx.traceback.preserve_node_meta())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about PyTorch's own calls
+        stack.enter_context(_quiet("torch._subclasses.fake_tensor"))
         yield
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """What a frontend logs about a refusal is part of our own error."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _reason(error: Exception) -> str:
@@ -119,10 +151,10 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
         if spec.kind == InputKind.USER_INPUT:
             index = next(arguments)
             inputs.append(Input("argument", names[index], index))
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and target.startswith("foreign_"):
+            inputs.append(Input("constant", target, tensor=root.get_buffer(target)))
         elif spec.kind == InputKind.PARAMETER:
             inputs.append(Input("parameter", _model_name(target)))
-        elif spec.kind == InputKind.BUFFER and target.startswith("foreign_"):
-            inputs.append(Input("constant", target, tensor=root.get_buffer(target)))
         elif spec.kind == InputKind.BUFFER:
             inputs.append(Input("buffer", _model_name(target)))
         elif spec.kind == InputKind.CONSTANT_TENSOR:

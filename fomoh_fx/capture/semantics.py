@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.operators import ORIGINAL_APPLY, FunctionCall
+from fomoh_fx.operators import FunctionCall
 
 ops = torch.ops.fomoh_fx
 
@@ -36,11 +36,16 @@ def _record_function(function: type[torch.autograd.Function], *args: Any, **kwar
 
 @contextmanager
 def _functions_recorded() -> Iterator[None]:
-    torch.autograd.Function.apply = classmethod(_record_function)  # type: ignore[method-assign,assignment]
+    """Record calls of custom Functions below ``Function.apply``, which users bind to names of their own."""
+    single_level = torch.autograd.function._SingleLevelFunction
+    under_transforms = torch._functorch.autograd_function.custom_function_call
+    single_level.apply = classmethod(_record_function)  # type: ignore[method-assign,assignment]
+    torch._functorch.autograd_function.custom_function_call = _record_function  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.autograd.Function.apply = ORIGINAL_APPLY  # type: ignore[method-assign]
+        del single_level.apply
+        torch._functorch.autograd_function.custom_function_call = under_transforms
 
 
 _STOPS = {torch.Tensor.detach, torch.detach}

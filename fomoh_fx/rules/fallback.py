@@ -231,7 +231,9 @@ def transposed(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *args:
         gs = [torch.zeros_like(o).requires_grad_() for o in connected]
         pulled = torch.autograd.grad(connected, xs, gs, create_graph=True, allow_unused=True) if connected else []
         pairs = [(p, v) for p, v in zip(pulled, tangents, strict=False) if p is not None]
-        found = [torch.autograd.grad(p, gs, v, retain_graph=True, allow_unused=True) for p, v in pairs if p.requires_grad]
+        found = [
+            torch.autograd.grad(p, gs, v, retain_graph=True, allow_unused=True) for p, v in pairs if p.requires_grad
+        ]
     if len(found) < len(pairs) or any(part == (None,) * len(gs) for part in found):
         raise UnsupportedOpError("its backward cannot be differentiated in the incoming gradient")
     parts = {id(o): add(*(part[i] for part in found)) for i, o in enumerate(connected)}
@@ -260,8 +262,6 @@ def _is_differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-
-
 def synthesize(op: Operator) -> Rule:
     """A rule for an operator without one, from PyTorch's forward-mode formula or else from its reverse-mode one.
 
@@ -276,7 +276,9 @@ def synthesize(op: Operator) -> Rule:
             try:
                 return derive(op, which, tangents, *args, **kwargs)
             except Exception as error:  # each frontier of PyTorch's own coverage raises its own kind
-                reasons.append(f"{derive.__name__}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+                reasons.append(
+                    f"{derive.__name__}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                )
         raise UnsupportedOpError("no rule, and PyTorch has no derivative to make one from (" + "; ".join(reasons) + ")")
 
     return from_jvp(push, kind="synthesised")

@@ -1,0 +1,196 @@
+"""What tracing loses and capture keeps: custom Functions, detach, no_grad, tensors held by a closure."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+import fomoh_fx
+from tests.oracle import relative_error, reverse_over_reverse
+
+
+@pytest.fixture
+def x():
+    return torch.rand(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.1
+
+
+def assert_like_reverse_mode(f, *xs, reference=None):
+    directions = [torch.randn(3, *x.shape, dtype=x.dtype) for x in xs]
+    out = fomoh_fx.transform(f, wrt="inputs")(*xs, tangents=directions)
+    y, tangents, crosses = reverse_over_reverse(reference or f, xs, directions)
+    for actual, expected in ((out.primal, y), (out.tangent, tangents), (out.hessian(), crosses)):
+        assert relative_error(actual, expected) < 1e-12
+
+
+def function(forward, backward):
+    """A custom Function of tensors that saves its inputs."""
+
+    class Custom(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            return forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, g):
+            return backward(g, *ctx.saved_tensors)
+
+    return Custom.apply
+
+
+class Sine(torch.autograd.Function):
+    """With a derivative twice the true one, so that inlining the forward would show."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * g * x.cos()
+
+
+class Several(torch.autograd.Function):
+    """Several outputs, one of them without derivative; an argument that is no tensor; the newer calling style."""
+
+    @staticmethod
+    def forward(x, factor):
+        return x * factor, x.exp(), x > 0.5
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.factor = inputs[1]
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    def backward(ctx, a, b, _):
+        return a * ctx.factor + b * ctx.saved_tensors[0], None
+
+
+def test_the_backward_of_a_function_is_its_derivative(x):
+    assert_like_reverse_mode(lambda x: Sine.apply(x * x).sum(1), x)
+
+
+def test_straight_through_estimator(x):
+    straight_through = function(lambda x: x.round(), lambda g, x: g)
+    assert_like_reverse_mode(lambda x: (straight_through(x * x) * x).sum(1), x)
+
+
+def test_gradient_reversal(x):
+    reverse = function(lambda x: x.clone(), lambda g, x: -g)
+    assert_like_reverse_mode(lambda x: reverse(x * x).sum(1), x)
+
+
+def test_an_argument_without_gradient(x):
+    half = function(lambda x, y: x * y, lambda g, x, y: (g * y, None))
+    assert_like_reverse_mode(lambda x: half(x, x * x).sum(1), x)
+    nothing = function(lambda x: 2 * x, lambda g, x: None)
+    assert_like_reverse_mode(lambda x: (nothing(x) * x).sum(1), x)
+
+
+def test_several_outputs(x):
+    def f(x):
+        a, b, positive = Several.apply(x, 3.0)
+        return (a * b * positive).sum(1)
+
+    assert_like_reverse_mode(f, x)
+
+
+def test_checkpoint_changes_memory_not_derivatives(x):
+    def f(x, reentrant):
+        return torch.utils.checkpoint.checkpoint(lambda x: (x.sin() * x).sum(1), x, use_reentrant=reentrant)
+
+    for reentrant in (True, False):
+        assert_like_reverse_mode(lambda x, r=reentrant: f(x, r), x, reference=lambda x: (x.sin() * x).sum(1))
+
+
+@pytest.mark.parametrize(
+    ("backward", "reason"),
+    [
+        (lambda g, x: g.clamp(-1, 1), "not linear in the incoming gradient"),
+        (lambda g, x: g / g.norm(), "not linear in the incoming gradient"),
+        (lambda g, x: torch.ones_like(x), "cannot be differentiated in the incoming gradient"),
+        (once_differentiable(lambda ctx, g: g), "cannot be transposed"),
+    ],
+    ids=["clip", "normalise", "constant", "once"],
+)
+def test_a_backward_that_is_no_transposed_derivative_is_refused(x, backward, reason):
+    custom = function(lambda x: x.clone(), backward)
+    with pytest.raises(fomoh_fx.UnsupportedOpError, match=r"(?s)Function Custom .*test_semantics.py") as error:
+        fomoh_fx.transform(lambda x: custom(x).sum(1), wrt="inputs")(x, tangents=(torch.ones(1, 4, 5).double(),))
+    assert reason in str(error.value)
+
+
+def test_a_function_that_leaves_torch_is_refused(x):
+    leave = function(lambda x: torch.from_numpy(x.numpy() * 2), lambda g, x: 2 * g)
+    with pytest.raises(fomoh_fx.CaptureError, match=r"test_semantics.py:\d+, leave = function"):
+        fomoh_fx.transform(lambda x: leave(x), wrt="inputs")(x, tangents=(torch.ones(1, 4, 5).double(),))
+
+
+@pytest.mark.parametrize(
+    "stop", [lambda y: y.detach(), lambda y: y.data, torch.detach], ids=["method", "data", "function"]
+)
+def test_detach_stops_derivatives(x, stop):
+    assert_like_reverse_mode(lambda x: (stop(x * x) * x).sum(1), x, reference=lambda x: ((x * x).detach() * x).sum(1))
+
+
+def test_no_grad_stops_derivatives(x):
+    def f(x):
+        y = x * x
+        with torch.no_grad():
+            z = (2 * y).exp()
+        return (y * z).sum(1)
+
+    assert_like_reverse_mode(f, x)
+
+
+def test_grad_mode_of_the_caller_does_not_matter(x):
+    directions = (torch.randn(2, 4, 5, dtype=torch.float64),)
+    expected = fomoh_fx.transform(lambda x: x.sin().sum(1), wrt="inputs")(x, tangents=directions)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            out = fomoh_fx.transform(lambda x: x.sin().sum(1), wrt="inputs")(x, tangents=directions)
+        torch.testing.assert_close(out.cross, expected.cross)
+
+
+def test_in_place_under_no_grad_changes_the_value_only(x):
+    def f(x):
+        y = (x * x).exp()
+        with torch.no_grad():
+            y.mul_(2)
+        return (y * x).sum(1)
+
+    def reference(x):
+        y = (x * x).exp()
+        return ((y + y.detach()) * x).sum(1)
+
+    assert_like_reverse_mode(f, x, reference=reference)
+
+
+def test_detach_in_place(x):
+    def f(x):
+        y = x * x
+        y.detach_()
+        return (y * x).sum(1)
+
+    assert_like_reverse_mode(f, x, reference=lambda x: ((x * x).detach() * x).sum(1))
+
+
+def test_tensors_of_a_closure_are_read_at_every_call(x):
+    net = nn.Linear(5, 3).double()
+    scale = torch.ones(3, dtype=torch.float64)
+
+    def f(x):
+        return (net(x) * scale).tanh().sum(1)
+
+    hd = fomoh_fx.transform(f, wrt="inputs")
+    directions = (torch.randn(1, 4, 5, dtype=torch.float64),)
+    hd(x, tangents=directions)
+    with torch.no_grad():
+        net.weight.mul_(2)
+        scale.mul_(3)
+    torch.testing.assert_close(hd(x, tangents=directions).primal, f(x).detach())
+    assert_like_reverse_mode(f, x)
