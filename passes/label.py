@@ -36,10 +36,10 @@ def label(n: fx.Node, before: fx.Node | None, result: Any) -> None:
 
     for component in COMPONENTS:
         needed: list[fx.Node] = []
-        for value, primal in zip(values, names, strict=True):
+        for value, (primal, name) in zip(values, names, strict=True):
             node = node_of(_part(value, component))
             if node is not None and node in fresh:
-                needed += record(node, primal, component, primal if component == "primal" else f"{primal}_{component}")
+                needed += record(node, primal, component, name if component == "primal" else f"{name}_{component}")
         while needed:
             node = needed.pop()
             if node in fresh:
@@ -55,12 +55,12 @@ def _part(value: Any, component: str) -> Any:
     return value if component == "primal" else None
 
 
-def _names_of_outputs(n: fx.Node, result: Any, count: int) -> list[str]:
-    """The primal's name of each output: of several, the names under which the graph takes them out."""
+def _names_of_outputs(n: fx.Node, result: Any, count: int) -> list[tuple[str, str]]:
+    """The primal and the name of each output: of several, the node that takes it out."""
     if not isinstance(result, (tuple, list)):
-        return [n.name] * count
+        return [(n.name, n.name)] * count
     taken = {user.args[1]: user.name for user in n.users if user.target is operator.getitem}
-    return [taken.get(i, f"{n.name}_{i}") for i in range(count)]
+    return [(taken[i], taken[i]) if i in taken else (n.name, f"{n.name}_{i}") for i in range(count)]
 
 
 def _on_the_way(n: fx.Node, component: str, node: fx.Node) -> str:
