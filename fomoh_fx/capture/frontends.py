@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -65,9 +66,6 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         except FomohError:
             raise
         except Exception as error:
-            import os
-
-            os.environ.get("DBG") and __import__("traceback").print_exc()
             refused.append(f"{name}: {_reason(error)}")
             continue
         program.refused = refused
@@ -76,6 +74,22 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         return program
     reasons = "\n  ".join(refused)
     raise CaptureError(f"model: no frontend could capture it as one graph\n  {reasons}")
+
+
+def _distinct(root: Root) -> tuple[Tensor, ...]:
+    """The arguments, each a tensor of its own: frontends identify inputs by tensor, and the next call may differ.
+
+    A tensor that is passed twice, or that is a parameter too, is replaced by an empty one like it: only values differ.
+    """
+    seen = {id(t) for t in (*root.parameters(), *root.buffers())}
+    distinct = []
+    for tensor in root.call.tensors:
+        if id(tensor) in seen:
+            size, stride = tensor.shape, tensor.stride()
+            tensor = torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
+        seen.add(id(tensor))
+        distinct.append(tensor)
+    return tuple(distinct)
 
 
 def _share_tied_parameters(program: Program, root: Root) -> None:
@@ -113,6 +127,7 @@ def _tracing_state() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about PyTorch's own calls
         stack.enter_context(_quiet("torch._subclasses.fake_tensor"))
+        stack.enter_context(_without_checks_of_values())
         yield
 
 
@@ -128,6 +143,20 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
+@contextmanager
+def _without_checks_of_values() -> Iterator[None]:
+    """PyTorch's own branches on data that do not change the result: distributions that validate, a hint of causality."""
+    transformer, distribution = nn.modules.transformer, torch.distributions.Distribution
+    detect, validate = transformer._detect_is_causal_mask, distribution._validate_args
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)  # type: ignore[assignment]
+    distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = detect
+        distribution.set_default_validate_args(validate)
+
+
 def _reason(error: Exception) -> str:
     """The first line of what a frontend said, and the user's line that it was at."""
     trace = "".join(traceback.format_tb(error.__traceback__))
@@ -137,7 +166,7 @@ def _reason(error: Exception) -> str:
 
 
 def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program:
-    tensors = tuple(root.call.tensors)
+    tensors = _distinct(root)
     shapes = None if dynamic_shapes is None else {"tensors": tuple(dynamic_shapes)}
     exported = torch.export.export(root, tensors, strict=False, dynamic_shapes=shapes)
     table = torch.export.default_decompositions()
@@ -184,7 +213,7 @@ def _model_name(target: str) -> str:
 
 def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program:
     owned = {**dict(root.named_parameters()), **dict(root.named_buffers())}
-    tensors = root.call.tensors
+    tensors = _distinct(root)
     if dynamic_shapes is not None:
         raise CaptureError(
             "dynamic_shapes: torch.export could not capture the model, and only it captures dynamic shapes"
@@ -197,7 +226,7 @@ def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Prog
         return torch.func.functional_call(root, state, tuple(flat[len(owned) :]))
 
     traced = torch.func.functionalize(functional, remove="mutations_and_views")
-    with fake_mode, sdpa_kernel(SDPBackend.MATH):
+    with fake_mode, sdpa_kernel(SDPBackend.MATH), _compiling_state_context():  # as under export, for is_compiling()
         module = make_fx(traced, tracing_mode="real", _allow_non_fake_inputs=True, record_stack_traces=True)(*fakes)
     inputs = [
         Input("parameter" if isinstance(owned[n], nn.Parameter) else "buffer", _model_name(n))
