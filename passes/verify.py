@@ -35,17 +35,21 @@ def _problem_of_call(node: fx.Node) -> str:
     """What is wrong with a call on its own: provenance, recorded value, mutation, kind of tensor."""
     if provenance.KEY not in node.meta:
         return "has lost its provenance"
-    if "val" not in node.meta:
+    if "val" not in node.meta and not _is_assertion(node):
         return "has no recorded value"
     if isinstance(node.target, torch._ops.OpOverload):
         if node.target._schema.is_mutable:
             return f"mutates an argument ({node.target})"
         if node.target is torch.ops.aten._efficientzerotensor.default:
             return f"is a zero without storage ({node.target})"
-    value = node.meta["val"]
+    value = node.meta.get("val")
     if isinstance(value, Tensor) and value.layout != torch.strided:
         return "is sparse"
     return ""
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
 
 
 def _problem_of_component(node: fx.Node, by_name: dict[str, fx.Node]) -> str:
@@ -67,7 +71,7 @@ def check_values(module: fx.GraphModule) -> None:
         VerificationError: a pass has changed a node and kept its old value.
     """
     for node in module.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(node.target, torch._ops.OpOverload) or _is_assertion(node):
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         mode = detect_fake_mode((args, kwargs, node.meta["val"]))
