@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from fomoh_fx.capture import Program
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.passes.pipeline import Compiled
+from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.seeds import Seeds
 from fomoh_fx.signature import Signature
 
@@ -86,8 +87,9 @@ class Specialization:
     def __call__(self, tensors: Sequence[Tensor], tangents: Sequence[Tensor]) -> HyperDual:
         """Evaluate; buffers and arguments that the model changes are updated from the primal, once."""
         inputs = self.inputs(tensors)
-        flat = self.run(*inputs, *tangents)
-        return self.result(flat, inputs)
+        with torch.no_grad(), without_autocast():
+            flat = self.run(*inputs, *tangents)
+            return self.result(flat, inputs)
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The current value of every primal input, in the graph's order."""

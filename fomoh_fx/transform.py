@@ -121,8 +121,7 @@ class HyperDualModule(nn.Module):
             return self._forward_under_dynamo(args, kwargs, tangents, targets)
         call, seeds = self._bind(args, kwargs, tangents, targets)
         specialization = self._specialize(call, seeds)
-        with torch.no_grad():
-            return specialization(call.tensors, seeds.stacks)
+        return specialization(call.tensors, seeds.stacks)
 
     def _forward_under_dynamo(self, args: Any, kwargs: Any, tangents: Any, targets: Any) -> HyperDual:
         """What torch.compile(hd) traces: only what Dynamo can read, choosing among the specialisations that exist."""
@@ -133,8 +132,7 @@ class HyperDualModule(nn.Module):
         for specialization in self._traced:
             stacks = specialization.stacks_of(tangents)
             if stacks is not None and specialization.fits(tensors, stacks, others, modes):
-                with torch.no_grad():
-                    return specialization(tensors, stacks)
+                return specialization(tensors, stacks)
         return _refuse_untraced()
 
     def trace(

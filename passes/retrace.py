@@ -7,8 +7,8 @@ rule sees the operator that it was written for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -68,10 +68,18 @@ def _proxy(leaf: Any, tracer: Any) -> Any:
 def retrace(
     function: Callable[..., Any], inputs: list[Any], decompositions: Mapping[Any, Callable[..., Any]] | None = None
 ) -> fx.GraphModule:
-    """The graph of ``function(*inputs)`` on fake tensors, under no_grad."""
+    """The graph of ``function(*inputs)`` on fake tensors, under no_grad; a caller's autocast changes nothing."""
     fake_mode = detect_fake_mode(inputs)
-    with fake_mode or nullcontext(), torch.no_grad(), _RecordWhole():
-        return make_fx(function, decompositions, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+    trace = make_fx(function, decompositions, tracing_mode="real", _allow_non_fake_inputs=True)
+    with fake_mode or nullcontext(), torch.no_grad(), without_autocast(), _RecordWhole():
+        return trace(*inputs)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """The casts of autocast are in the captured graph already."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def recorded_nodes(after: fx.Node | None = None) -> list[fx.Node]:
