@@ -130,20 +130,9 @@ def _cases(*cases: str) -> str:
     return f"Piecewise({', '.join(f'({c})' for c in (*conditional, f'{last}, True'))})"
 
 
-def _sinc(derivative: int) -> str:
-    """A derivative of sin(pi x)/(pi x) near zero, where the closed form cancels; exact in float64 for |x| < 1/8."""
-    terms = [
-        f"(-1)**{k}*pi**{2 * k}*{_falling(2 * k, derivative)}*x**{2 * k - derivative}/factorial({2 * k + 1})"
-        for k in range(1, 9)
-    ]
-    return f"horner({' + '.join(terms)})"
-
-
-def _falling(n: int, count: int) -> int:
-    return 1 if count == 0 else n * _falling(n - 1, count - 1)
-
-
-_NEAR_ZERO = "Abs(x) < 1/8"
+#: Power series where closed forms cancel or divide by zero: sin(pi x)/(pi x), and I_2(x)/x of the Bessel functions.
+_SINC = " + ".join(f"(-1)**{k}*(pi*x)**{2 * k}/factorial({2 * k + 1})" for k in range(9))
+_BESSEL = " + ".join(f"x**{2 * k + 1}/(4**{k + 1}*factorial({k})*factorial({k + 2}))" for k in range(9))
 
 ROWS: dict[Any, str | Formula] = {
     # powers, exponentials, logarithms
@@ -174,8 +163,8 @@ ROWS: dict[Any, str | Formula] = {
     aten.atanh.default: Formula("atanh(x)", ("1/((1 - x)*(1 + x))",), ("2*x*dx**2",)),
     aten.sinc.default: Formula(
         "sin(pi*x)/(pi*x)",
-        (_cases(f"{_sinc(1)}, {_NEAR_ZERO}", "(cos(pi*x) - y)/x"),),
-        (_cases(f"{_sinc(2)}, {_NEAR_ZERO}", "-pi**2*y - 2*dx/x"),),
+        (_cases(f"horner(diff({_SINC}, x)), Abs(x) < 1/8", "(cos(pi*x) - y)/x"),),
+        (_cases(f"horner(diff({_SINC}, x, 2)), Abs(x) < 1/8", "-pi**2*y - 2*dx/x"),),
     ),
     # activations
     aten.sigmoid.default: "sigmoid(x)",
@@ -207,8 +196,16 @@ ROWS: dict[Any, str | Formula] = {
     aten.polygamma.default: Formula("polygamma(x, w)", (None, "polygamma(x + 1, w)")),
     aten.i0.default: "i0(x)",
     aten.special_i0e.default: "i0e(x)",
-    aten.special_i1.default: "i1(x)",
-    aten.special_i1e.default: "i1e(x)",
+    aten.special_i1.default: Formula(
+        "",
+        (_cases("1/2, Eq(x, 0)", "i0(x) - y/x"),),
+        ("y - " + _cases(f"horner({_BESSEL}), Abs(x) < 1", "(dx - y/x)/x"),),
+    ),
+    aten.special_i1e.default: Formula(
+        "",
+        (_cases("1/2, Eq(x, 0)", "i0e(x) - y*(sign(x) + 1/x)"),),
+        ("-2*sign(x)*dx - " + _cases(f"exp(-Abs(x))*horner({_BESSEL}), Abs(x) < 1", "(dx + sign(x)*y - y/x)/x"),),
+    ),
     aten.igamma.default: Formula("", (None, "exp((x - 1)*log(w) - w - lgamma(x))")),
     aten.igammac.default: Formula("", (None, "-exp((x - 1)*log(w) - w - lgamma(x))")),
     (aten.special_zeta.default, aten.special_zeta.self_scalar): Formula(
