@@ -88,11 +88,12 @@ def _is_root(file: str) -> bool:
 
 
 def _module_path(stack: dict[str, tuple[str, Any]] | None) -> str:
-    """``seq.0 (Linear)`` for the innermost module below the captured root; empty for the root itself."""
+    """``seq.0 (Linear)`` for the innermost module, ``MLP`` for the model itself."""
     path, kind = list(stack.values())[-1][:2] if stack else ("", "")
+    name = str(kind).rpartition(".")[-1]
     if path in ("", "model"):
-        return ""
-    return f"{path.removeprefix('model.')} ({str(kind).rpartition('.')[-1].removesuffix(chr(39) + '>')})"
+        return name if path else ""
+    return f"{path.removeprefix('model.')} ({name})"
 
 
 class RecordSourceLines(TorchFunctionMode):
