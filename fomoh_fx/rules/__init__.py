@@ -2,9 +2,12 @@
 
 from fomoh_fx.rules import activations as _activations  # noqa: F401  registers
 from fomoh_fx.rules import complex as _complex  # noqa: F401  registers
+from fomoh_fx.rules import control_flow as _control_flow  # noqa: F401  registers
+from fomoh_fx.rules import embedding_bag as _embedding_bag  # noqa: F401  registers
 from fomoh_fx.rules import indexing as _indexing  # noqa: F401  registers
 from fomoh_fx.rules import joint as _joint  # noqa: F401  registers
 from fomoh_fx.rules import linalg as _linalg  # noqa: F401  registers
+from fomoh_fx.rules import norm as _norm  # noqa: F401  registers
 from fomoh_fx.rules import random as _random  # noqa: F401  registers
 from fomoh_fx.rules import reduction as _reduction  # noqa: F401  registers
 from fomoh_fx.rules import resampling as _resampling  # noqa: F401  registers

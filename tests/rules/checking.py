@@ -133,7 +133,7 @@ def _by_transform(call: Any, xs: Sequence[Tensor], vs: Sequence[Tensor], second_
 
 
 def _real(value: Tensor) -> Tensor:
-    return torch.view_as_real(value) if value.is_complex() else value
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def is_served(op: Any) -> bool:

@@ -133,7 +133,21 @@ REDUCTIONS = {
     ],
 }
 
-SAMPLES = READS | WRITES | REDUCTIONS
+INDICES, OFFSETS = n(0, 3, 3, 1, 2), n(0, 2, 2)  # a repeated row, and an empty bag
+BAG_SAMPLES = [
+    *[Sample((r(4, 2), INDICES, OFFSETS, False, mode), outputs=[0], truth="difference") for mode in (0, 1, 2)],
+    *[
+        Sample((r(4, 2), INDICES, n(0, 2, 5), False, mode, False, None, True, 3), outputs=[0], truth="difference")
+        for mode in (0, 1, 2)
+    ],
+    *[
+        Sample((r(4, 2), INDICES, OFFSETS, False, 0, False, r(5), False, 1), outputs=[0], active=a, truth="difference")
+        for a in ([0, 1], [0], [1])
+    ],
+]
+BAGS = {aten._embedding_bag.default: BAG_SAMPLES, aten._embedding_bag_forward_only.default: BAG_SAMPLES}
+
+SAMPLES = READS | WRITES | REDUCTIONS | BAGS
 CASES = [(op, sample) for op, samples in SAMPLES.items() for sample in samples]
 
 
