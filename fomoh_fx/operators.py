@@ -21,6 +21,14 @@ library.define("custom_function(Tensor[] inputs, int call) -> Tensor[]")
 library.impl("stop_gradient", lambda x: x.clone(), "CompositeExplicitAutograd")
 library.impl("with_value", lambda x, value: value.clone(), "CompositeExplicitAutograd")
 
+
+def _stop_gradient_under_autograd(x: Tensor) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fomoh_fx.stop_gradient.default(x)
+
+
+library.impl("stop_gradient", _stop_gradient_under_autograd, "Autograd")  # a model may call torch.autograd.grad itself
+
 CALLS: dict[int, FunctionCall] = {}
 
 

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -225,9 +226,13 @@ def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Prog
         state = dict(zip(owned, flat, strict=False))
         return torch.func.functional_call(root, state, tuple(flat[len(owned) :]))
 
-    traced = torch.func.functionalize(functional, remove="mutations_and_views")
+    record = partial(make_fx, tracing_mode="real", _allow_non_fake_inputs=True, record_stack_traces=True)
     with fake_mode, sdpa_kernel(SDPBackend.MATH), _compiling_state_context():  # as under export, for is_compiling()
-        module = make_fx(traced, tracing_mode="real", _allow_non_fake_inputs=True, record_stack_traces=True)(*fakes)
+        module = record(functional)(*fakes)
+        for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
+            node.replace_all_uses_with(node.args[0])  # how autograd saves a value; the model's own are stop_gradient
+        # functionalized after recording: a model that calls torch.autograd.grad cannot run inside functionalize
+        module = record(torch.func.functionalize(fx.Interpreter(module).run, remove="mutations"))(*fakes)
     inputs = [
         Input("parameter" if isinstance(owned[n], nn.Parameter) else "buffer", _model_name(n))
         if not n.startswith("foreign_")
