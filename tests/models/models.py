@@ -119,11 +119,6 @@ def batch_norm_without_running_statistics() -> Problem:
 
 
 @problem
-def batch_norm_cumulative_average() -> Problem:
-    return Problem(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=None)).train(), (r(6, 3),))
-
-
-@problem
 def instance_and_local_response_norm() -> Problem:
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.InstanceNorm1d(4, affine=True), nn.LocalResponseNorm(2), nn.GELU())
     return Problem(model, (r(3, 2, 8),))
@@ -522,7 +517,8 @@ def weight_and_spectral_norm() -> Problem:
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(),
         nn.utils.parametrizations.spectral_norm(nn.Linear(5, 3)),
     )  # fmt: skip
-    return Problem(model.eval(), (r(3, 4),))
+    # reverse mode is wrong here: weight_norm's backward takes the norm that it saved as a constant
+    return Problem(model.eval(), (r(3, 4),), truth="difference", tolerance=1e-5)
 
 
 @problem
@@ -573,7 +569,7 @@ def kernel_regression() -> Problem:
             weights = torch.softmax(-torch.cdist(x, self.centres), -1)
             return weights @ F.normalize(self.values, dim=-1) + F.cosine_similarity(x[:, :2], self.values[:1]).mean()
 
-    return Problem(Model(), (r(5, 3),))
+    return Problem(Model(), (r(5, 3),), truth="difference", tolerance=1e-5)  # reverse mode lacks cdist's second
 
 
 # --- derivatives that are stopped, replaced or taken inside the model
@@ -775,16 +771,18 @@ def in_place_and_views() -> Problem:
             self.linear = nn.Linear(4, 6)
 
         def forward(self, x: Tensor) -> Tensor:
-            y = self.linear(x).tanh_()
+            y = self.linear(x).tanh_().mul(2)
             y[:, 0] *= 2
             rows = y.view(-1, 3, 2).transpose(1, 2)
-            rows[0].mul_(rows[1])
-            y.add_(1).relu_()
+            rows[0].mul_(rows[1].sin())
+            F.leaky_relu_(y.add_(1), 0.1)
             out = torch.zeros(x.shape[0], 8, dtype=x.dtype)
             out[:, 1:7] = y
-            out[x[:, 0] > 0, 7] = y[:, 1].masked_fill(x[:, 0] <= 0, 0.0)[x[:, 0].argmax()]
-            out.diagonal().copy_(y.diagonal() ** 2)
+            out[x[:, 0] > 0, 7] = y[0, 1] ** 2
+            out.diagonal().copy_(y.diagonal() ** 3)
+            out[:, 2:4].clamp_(-0.5, 0.5)
             y.fill_(0)
+            out += y.sum()
             return out.index_fill(0, torch.tensor([1]), 0.5)
 
     return Problem(Model(), (r(3, 4),))
@@ -864,9 +862,9 @@ def checkpointed() -> Problem:
             from torch.utils.checkpoint import checkpoint
 
             h = checkpoint(lambda v: self.first(v).tanh(), x, use_reentrant=False)
-            return checkpoint(self.second, h, use_reentrant=True)
+            return checkpoint(lambda v: self.second(v).sigmoid(), h, use_reentrant=True)
 
-    return Problem(Model(), (r(3, 3),))
+    return Problem(Model(), (r(3, 3),), truth="difference", tolerance=1e-5)
 
 
 @problem
