@@ -205,6 +205,14 @@ def negated_twice(node: fx.Node) -> fx.Node | None:
     return source.args[0] if isinstance(source, fx.Node) and source.target is node.target else None  # type: ignore
 
 
+def subtracted(node: fx.Node) -> None:
+    """x + (-w) and (-w) + x are x - w."""
+    for x, w in (node.args, node.args[::-1]):
+        if isinstance(w, fx.Node) and w.target is aten.neg.default and isinstance(x, fx.Node) and not node.kwargs:
+            node.target, node.args = aten.sub.Tensor, (x, w.args[0])
+            return
+
+
 def chosen_anyway(node: fx.Node) -> fx.Node | None:
     """where(c, x, x)."""
     _, x, w = node.args
@@ -245,7 +253,6 @@ _PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default}
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 _REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default}
 _FACTORS = (aten.mul.Tensor, aten.mul.Scalar)
-_TERMS = (aten.add.Tensor, aten.add.Scalar)
 
 REWRITES: dict[Any, tuple[Rewrite, ...]] = {
     **dict.fromkeys(_KEEPS_ORDER, (reshaped,)),
@@ -262,7 +269,8 @@ REWRITES: dict[Any, tuple[Rewrite, ...]] = {
     operator.getitem: (whole_part,),
     **dict.fromkeys(_FACTORS, (neutral(1, commutes=True),)),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar), (neutral(1),)),
-    **dict.fromkeys(_TERMS, (neutral(0, commutes=True),)),
+    aten.add.Tensor: (neutral(0, commutes=True), subtracted),
+    aten.add.Scalar: (neutral(0),),
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), (neutral(0),)),
     aten.neg.default: (negated_twice,),
     aten.where.self: (chosen_anyway, chosen_number),

@@ -75,6 +75,8 @@ ARITHMETIC = {
     "minus zero": (lambda x: (x - 0.0).sin(), ["sin.default"]),
     "to the power of one": (lambda x: (x**1).sin(), ["sin.default"]),
     "negated twice": (lambda x: aten.neg(aten.neg(x)).sin(), ["sin.default"]),
+    "plus a negative": (lambda x: x + aten.neg(x[:1]), ["slice.Tensor", "sub.Tensor"]),
+    "negative plus": (lambda x: aten.neg(x[:1]) + x, ["slice.Tensor", "sub.Tensor"]),
     "where both are the same": (lambda x: torch.where(x > 0, x, x).sin(), ["sin.default"]),
     "where the other is zeros": (
         lambda x: aten.where(x > 0, x, torch.zeros_like(x)),
