@@ -8,7 +8,7 @@ while the model runs under a frontend and records those facts as the operators o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.operators import FunctionCall
 
 ops = torch.ops.fomoh_fx
@@ -78,15 +79,16 @@ class ReverseModeSemantics(TorchFunctionMode):
         super().__init__()
         self.known = known
         self.foreign: dict[int, Tensor] = {}
-        self._patch = _functions_recorded()
+        self._patches = ExitStack()
 
     def __enter__(self) -> ReverseModeSemantics:
-        self._patch.__enter__()
+        self._patches.enter_context(_functions_recorded())
+        self._patches.enter_context(higher_order_operators())
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
-        self._patch.__exit__(*exc)
+        self._patches.close()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
