@@ -140,8 +140,11 @@ def _vector_norm(
 
     y_i = sum a x_i and y_c = sum a x_c + (p-1)/y (sum_ij S_c,ij (sum |r|^(p-2) x_i x_j - y_i y_j)).
 
-    Where y = 0 there is no derivative, and for p < 1 none in an element that is 0.
+    p = 0 counts, p = 1 and infinity are piecewise linear. Where y = 0 there is no derivative, and for p < 1 none in an
+    element that is 0.
     """
+    if order == 0:
+        return HyperDual(y)
     over = from_right(x.primal, dims)
     if dtype is not None:
         x = HyperDual(x.primal.to(dtype), *each(lambda p: p.to(dtype), x))
@@ -151,18 +154,16 @@ def _vector_norm(
     slope, curvature = _norm_weights(x.primal, value, order, over)
     tangent, first = each(lambda p: _inner(slope, p).sum(over, True), x)
     cross = first
-    if curvature is not None and x.tangent is not None and components.second_order is not None:
+    if x.tangent is not None and components.second_order is not None and order not in (1, math.inf, -math.inf):
         within = squared(components, x.tangent)
-        within = within if order == 2 else within * curvature
+        within = within if curvature is None else within * curvature
         slack = within.sum(over, True) - components.square(tangent)
         cross = add(first, slack * aten.where.ScalarOther(value != 0, (order - 1) / value, 0.0))
     return HyperDual(y, *each(lambda p: p if keepdim else p.squeeze(over), HyperDual(y, tangent, cross)))
 
 
 def _norm_weights(x: Tensor, y: Tensor, order: float, over: Sequence[int]) -> tuple[Tensor, Part]:
-    """a, and |r|^(p-2) where the second derivative is not zero; an infinite norm's attained elements share equally."""
-    if order == 0:
-        return torch.zeros_like(x), None
+    """a, and |r|^(p-2) or None for one; the elements that attain an infinite norm share equally."""
     if order == 1:
         return x.sgn(), None
     if math.isinf(order):
@@ -170,7 +171,7 @@ def _norm_weights(x: Tensor, y: Tensor, order: float, over: Sequence[int]) -> tu
         return x.sgn() * attained / attained.sum(over, True), None
     r = aten.where.ScalarOther(y != 0, x / y, 0.0)
     if order == 2:
-        return r, torch.ones_like(r)
+        return r, None
     smooth = r != 0 if order < 1 else y != 0
     size = r.abs()
     slope, curvature = r.sgn() * size ** (order - 1), size ** (order - 2)

@@ -55,8 +55,7 @@ FUNCTIONS = {
     "log_softmax": lambda x: x.log_softmax(0),
     "logsumexp": lambda x: x.logsumexp((0, 1)),
     "softmin": lambda x: torch.nn.functional.softmin(x, 1),
-    "masked, then cleaned": lambda x: x.masked_fill(MASKED == -inf, -inf).softmax(0).nan_to_num(0.0),
-    "gumbel, soft": lambda x: torch.nn.functional.log_softmax(x, -1).exp(),
+    "masked, then cleaned": lambda x: x.masked_fill(MASKED.isinf(), -inf).softmax(0).nan_to_num(0.0),
 }
 
 
@@ -82,7 +81,7 @@ def test_a_fully_masked_row_that_is_selected_away_leaves_the_rest_finite():
 
     x, v = r(2, 2), r(2, 2, 2)
     out = fomoh_fx.transform(function, wrt="inputs")(x, tangents=(v,))
-    y, tangent, cross = reverse_over_reverse(function, [x], [v])
+    _, tangent, cross = reverse_over_reverse(function, [x], [v])
     assert relative_error(out.tangent, tangent) < 1e-9
     assert relative_error(out.hessian(), cross) < 1e-9
 
