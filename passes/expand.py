@@ -57,9 +57,9 @@ class Scope:
 class Expander(fx.Interpreter):
     """Interprets a graph on hyper-dual values, each node by its rule; inputs without components are plain tensors."""
 
-    def __init__(self, module: fx.GraphModule, components: Components, scope: Scope, labelled: bool = True) -> None:
+    def __init__(self, module: fx.GraphModule, components: Components, scope: Scope, label: bool = True) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self.components, self.scope, self.labelled = components, scope, labelled
+        self.components, self.scope, self.labelled = components, scope, label
         self.extra_traceback = False  # errors of ours say where in the user's own code
         self.tangents_only = replace(components, second_order=None)
         self.current: fx.Node | None = None
