@@ -149,7 +149,8 @@ def _literal(value: Tensor) -> str | None:
 
 def _comment(node: fx.Node) -> str:
     origin = provenance.of(node)
-    parts = [str(origin), described(node.meta.get("val")), origin.source]
+    known = provenance.KEY in node.meta or origin.source  # not what the body of a branch or loop was traced from
+    parts = [str(origin) if known else "", described(node.meta.get("val")), origin.source]
     return "  # " + " | ".join(part for part in parts if part)
 
 
