@@ -14,12 +14,14 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from sympy.functions.elementary.piecewise import Piecewise
 from sympy.logic.boolalg import Boolean
 from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.pytorch import TorchPrinter
 from torch import Tensor
 
+from fomoh_fx.errors import ArgumentError
 from fomoh_fx.rules.functions import ARGUMENTS, FIRSTS, IMPLEMENTATIONS, SYMBOLS, Y, parse
 
 Pair = tuple[int, ...]
@@ -50,6 +52,24 @@ class Formula:
     def has_derivative(self, argument: int) -> bool:
         """Whether a derivative in the argument number ``argument`` is known."""
         return argument < self.arity and (self.first is None or self.first[argument] is not None)
+
+
+def validate(formula: Formula) -> None:
+    """Refuse what cannot be parsed, and unknown names.
+
+    Raises:
+        ArgumentError: says which text, and what in it.
+    """
+    texts = {"expression": (formula.expression,), "first": formula.first or (), "second": formula.second or ()}
+    allowed = {"expression": {*SYMBOLS}, "first": {*SYMBOLS, Y}, "second": {*SYMBOLS, Y, *FIRSTS}}
+    for name, text in [(name, t) for name, listed in texts.items() for t in listed if t is not None]:
+        try:
+            expression = parse(text)
+            unknown = expression.free_symbols - allowed[name] | expression.atoms(AppliedUndef)
+        except Exception as error:  # sympy evaluates the text, which may fail in any way
+            raise ArgumentError(f"{name}: {text!r} is not an expression ({type(error).__name__}: {error})") from error
+        if unknown:
+            raise ArgumentError(f"{name}: {text!r} has {', '.join(sorted(map(str, unknown)))}, which is not known")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, add
-from fomoh_fx.rules.derivation import Formula, derive
+from fomoh_fx.rules.derivation import Formula, derive, validate
 from fomoh_fx.rules.functions import ARGUMENTS
 from fomoh_fx.rules.registry import Rule, register
 from fomoh_fx.rules.stacking import align, bind, primals
@@ -31,9 +31,14 @@ def elementwise(
         first: f_x, f_w, .. given by hand, in terms of the arguments and of the output y, where the derived form would
             overflow or cancel; None for an argument in which no derivative exists.
         second: f_xx, f_xw, .., f_ww, .. likewise, in terms of the first derivatives dx, dw, .. as well.
+
+    Raises:
+        ArgumentError: an expression cannot be parsed, or has a symbol or a function that nobody knows.
     """
-    given = (first,) if isinstance(first, str) else first
-    return served(Formula(expression, given, (second,) if isinstance(second, str) else second))
+    firsts = (first,) if isinstance(first, str) else first
+    seconds = (second,) if isinstance(second, str) else second
+    validate(Formula(expression, firsts, seconds))
+    return served(Formula(expression, firsts, seconds))
 
 
 def served(formula: Formula) -> Rule:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
@@ -203,17 +204,24 @@ def _fresh(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def forward_mode(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-    """T by PyTorch's forward-mode formula of the operator."""
+    """T by PyTorch's forward-mode formula of the operator.
+
+    An operator without a formula may pass on no tangent at all (one of ``torch.library`` does), which is not a zero.
+    """
+    connected = _connected(op, which, args, kwargs)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     at = dict(zip(which, tangents, strict=True))
 
-    def function(*xs: Tensor) -> Any:
+    def function(*xs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         moved = dict(zip(which, xs, strict=True))
         args, kwargs = pytree.tree_unflatten([moved.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
-        return [o for o in pytree.tree_leaves(op(*args, **kwargs)) if _is_differentiable(o)]
+        outputs = [o for o in pytree.tree_leaves(op(*args, **kwargs)) if _is_differentiable(o)]
+        return [o for o, has in zip(outputs, connected, strict=True) if has], outputs
 
     primals_ = tuple(leaves[i] for i in which)
-    return torch.func.jvp(function, primals_, tuple(at[i] for i in which))[1]
+    _, found, outputs = torch.func.jvp(function, primals_, tuple(at[i] for i in which), strict=True, has_aux=True)
+    parts = iter(found)
+    return [next(parts) if has else torch.zeros_like(o) for o, has in zip(outputs, connected, strict=True)]
 
 
 def transposed(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -270,7 +278,8 @@ def synthesize(op: Operator) -> Rule:
     """
 
     def push(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-        _refuse_if_not_differentiable(op, which, args, kwargs)
+        if not _has_autograd(op) or not any(_connected(op, which, args, kwargs)):  # a silent zero otherwise
+            raise UnsupportedOpError("no rule, and PyTorch has no derivative of it")
         reasons = []
         for derive in (forward_mode, transposed):
             try:
@@ -284,16 +293,21 @@ def synthesize(op: Operator) -> Rule:
     return from_jvp(push, kind="synthesised")
 
 
-def _refuse_if_not_differentiable(op: Any, which: Sequence[int], args: Any, kwargs: Any) -> None:
-    """An operator whose output autograd does not connect to its input would get a silent zero."""
+def _has_autograd(op: Any) -> bool:
+    """Whether anybody has told autograd of the operator; it guesses where nobody has."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    keys = ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd")
+    return not isinstance(op, OpOverload) or any(has_kernel(op.name(), key) for key in keys)
+
+
+def _connected(op: Any, which: Sequence[int], args: Any, kwargs: Any) -> list[bool]:
+    """Which of the floating-point outputs autograd connects to the arguments."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     with torch.enable_grad():
         for i in which:
             leaves[i] = leaves[i].detach().requires_grad_()
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        outputs = [o for o in pytree.tree_leaves(op(*args, **kwargs)) if _is_differentiable(o)]
-    if not any(o.requires_grad for o in outputs):
-        raise UnsupportedOpError("no rule, and PyTorch has no derivative of it")
+        return [o.requires_grad for o in pytree.tree_leaves(op(*args, **kwargs)) if _is_differentiable(o)]
 
 
 def custom_function(op: Any, which: Sequence[int], tangents: Sequence[Tensor], inputs: Any, call: int) -> Any:

@@ -28,6 +28,8 @@ class Composite:
     """A body in terms of operators that have rules: ``Composite(body)`` takes the operator's own arguments."""
 
     def __init__(self, body: Callable[..., Any]) -> None:
+        if not callable(body):
+            raise ArgumentError(f"body: expected a function of the operator's arguments, got {body!r}")
         self.body = body
 
 
@@ -38,7 +40,7 @@ def overloads(ops: Any) -> list[Operator]:
         return [op for op in found if not op._schema.is_mutable and "Dimname" not in str(op._schema)]
     if isinstance(ops, (OpOverload, HigherOrderOperator)):
         return [ops]
-    if isinstance(ops, Iterable):
+    if isinstance(ops, Iterable) and not isinstance(ops, str):
         return [overload for op in ops for overload in overloads(op)]
     raise ArgumentError(f"op: expected an operator such as torch.ops.aten.tanh.default, got {ops!r}")
 
@@ -66,16 +68,28 @@ def register_rule(op: Any, rule: Rule | Composite) -> None:
 
     Args:
         op: an overload such as ``torch.ops.mylib.swish.default``, or a packet for all of its overloads.
-        rule: from ``fomoh_fx.rules``: ``elementwise("x*sigmoid(x)")``, ``linear()``, ``bilinear(0, 1)``,
-            ``selection(...)``, ``constant()``, ``jvp(function)``, ``Composite(body)``; or any callable
-            ``rule(op, components, *args, **kwargs)`` as described in :mod:`fomoh_fx.rules.registry`.
+        rule: made by a function of ``fomoh_fx.rules``,
+
+            - ``elementwise("x*sigmoid(x)")``: one sympy expression, from which the derivatives are derived,
+            - ``gated(lambda y, x: y > 0)``: derivative one where the gate is open, zero elsewhere,
+            - ``linear()``: linear in its one active argument,
+            - ``bilinear(0, 1)``: linear in each of two arguments,
+            - ``constant()``: derivative zero wherever it exists,
+            - ``from_jvp(push)``: the first derivative as a function, from which the second is derived,
+            - ``Composite(body)``: the same value in terms of other operators;
+
+            or any callable ``rule(op, components, *args, **kwargs)`` as described in
+            :mod:`fomoh_fx.rules.registry`.
 
     Raises:
-        ArgumentError: ``op`` is no operator, or ``rule`` is not callable.
+        ArgumentError: ``op`` is no operator or changes its arguments, or ``rule`` is neither callable nor a Composite.
     """
     if not callable(rule) and not isinstance(rule, Composite):
         raise ArgumentError(f"rule: expected a rule or a Composite, got {rule!r}")
-    register(op, rule)
+    ops = overloads(op)
+    if not ops or any(isinstance(o, OpOverload) and o._schema.is_mutable for o in ops):
+        raise ArgumentError(f"op: {op} changes its arguments; graphs have functional operators only, so register those")
+    register(ops, rule)
 
 
 def supported_ops() -> dict[str, str]:
