@@ -2,8 +2,8 @@
 
 Contract: a functional ATen graph in, a functional ATen graph out with the same inputs and outputs. Composites on an
 active path are replaced by their bodies, operators without a rule by PyTorch's own decompositions where those exist.
-Identities (alias) and assertions on shapes and dtypes are dropped. Inactive operators stay whole: nobody differentiates
-them.
+Views become reshapes, for a body may return another memory layout than its operator. Identities (alias) and
+assertions on shapes and dtypes are dropped. Inactive operators stay whole: nobody differentiates them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fomoh_fx.rules.registry import COMPOSITES, RULES
 
 aten = torch.ops.aten
 IDENTITIES = {aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default}
+RESHAPES = {op: aten.reshape.default for op in (aten.view.default, aten._unsafe_view.default)}  # in any layout
 STATIC_ASSERTIONS = {aten._assert_tensor_metadata.default}  # the signature already says so; those on data stay
 
 
@@ -55,6 +56,7 @@ class _Normalizer(fx.Interpreter):
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        target = RESHAPES.get(target, target)
         if target in IDENTITIES:
             return args[0]
         if target in STATIC_ASSERTIONS:
