@@ -1,0 +1,220 @@
+"""Whole models of the transformers package, random weights and tiny configurations, against reverse-over-reverse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import fomoh_fx
+from tests.models.checking import Problem, check
+
+transformers = pytest.importorskip("transformers")
+
+BATCH, LENGTH, VOCABULARY = 2, 6, 48
+TOLERANCES = {"reverse": 1e-8, "difference": 1e-5}
+
+
+def loss(output: Any) -> Tensor:
+    """The cross entropy of the logits against fixed labels, or the mean square of the first output."""
+    logits = output.get("logits", output.get("logits_per_image"))
+    if logits is None:
+        return output[0].square().mean()
+    rows = logits.reshape(-1, logits.shape[-1])
+    return cross_entropy(rows, torch.arange(rows.shape[0]) % rows.shape[1])
+
+
+#: What most text models call their sizes.
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
+STATE_SPACE = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "expand": 2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@dataclass
+class Case:
+    """One model: its class, its configuration and its inputs.
+
+    ``internals`` are attributes of the configuration that its constructor does not take; ``train`` is for models with
+    batch statistics.
+    """
+
+    model: str
+    config: str
+    options: dict[str, Any]
+    inputs: Callable[[], dict[str, Any]]
+    internals: dict[str, Any] = field(default_factory=dict)
+    train: bool = False
+    truth: str = "reverse"
+
+    def problem(self) -> Problem:
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config)(**self.options)
+        for name, value in self.internals.items():
+            setattr(config, name, value)
+        model = getattr(transformers, self.model)(config).double().train(self.train)
+        for parameter in model.parameters():  # away from zero biases and unit scales
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        return Problem(model, (), self.inputs(), loss, truth=self.truth, tolerance=TOLERANCES[self.truth])
+
+
+def tokens() -> dict[str, Any]:
+    return {"input_ids": torch.randint(3, VOCABULARY, (BATCH, LENGTH))}
+
+
+def uncached() -> dict[str, Any]:
+    return {**tokens(), "use_cache": False}
+
+
+def masked() -> dict[str, Any]:
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.int64)
+    mask[1, 4:] = 0
+    return {**tokens(), "attention_mask": mask}
+
+
+def masked_uncached() -> dict[str, Any]:
+    return {**masked(), "use_cache": False}
+
+
+def translation() -> dict[str, Any]:
+    return {**masked_uncached(), "decoder_input_ids": torch.randint(3, VOCABULARY, (BATCH, 4))}
+
+
+def pixels(size: int) -> Callable[[], dict[str, Any]]:
+    return lambda: {"pixel_values": torch.randn(BATCH, 3, size, size, dtype=torch.float64)}
+
+
+def text_and_pixels() -> dict[str, Any]:
+    return {**tokens(), **pixels(8)()}
+
+
+def speech_features() -> dict[str, Any]:
+    return {
+        "input_features": torch.randn(BATCH, 8, 12, dtype=torch.float64),
+        "decoder_input_ids": torch.randint(3, VOCABULARY, (BATCH, 4)),
+        "use_cache": False,
+    }
+
+
+def waveform() -> dict[str, Any]:
+    return {"input_values": torch.randn(BATCH, 200, dtype=torch.float64)}
+
+
+EAGER = {"_attn_implementation": "eager"}
+GPT2 = {
+    "vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+VIT = {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 5}
+T5 = {
+    "vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 5}
+
+REQUIRED = {
+    "gpt2": Case("GPT2LMHeadModel", "GPT2Config", GPT2, uncached),
+    "bert": Case("BertForSequenceClassification", "BertConfig", SIZES, masked),
+    "llama": Case("LlamaForCausalLM", "LlamaConfig", GROUPED, uncached),
+    "vit": Case("ViTForImageClassification", "ViTConfig", VIT, pixels(8)),
+    "t5": Case("T5ForConditionalGeneration", "T5Config", T5, translation),
+    "resnet": Case("ResNetForImageClassification", "ResNetConfig", RESNET, pixels(16), train=True),
+}
+DISTILBERT = {
+    "vocab_size": VOCABULARY, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 16,
+}  # fmt: skip
+BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 2}
+WHISPER = {
+    "vocab_size": VOCABULARY, "num_mel_bins": 8, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
+    "max_source_positions": 6, "max_target_positions": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}  # fmt: skip
+CLIP = {"text_config": SIZES, "vision_config": {**VIT, "projection_dim": 8}, "projection_dim": 8}
+CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2, "num_labels": 5}
+SWIN = {
+    "image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4,
+    "num_labels": 5,
+}  # fmt: skip
+WAV2VEC2 = {
+    **SIZES, "conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+MOBILEVIT = {
+    "image_size": 32, "hidden_sizes": [8, 12, 16], "neck_hidden_sizes": [4, 4, 8, 8, 8, 8, 16],
+    "num_attention_heads": 2, "num_labels": 5,
+}  # fmt: skip
+DETR = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_queries": 3,
+    "backbone_config": {"model_type": "resnet", **RESNET, "out_features": ["stage2"]},
+}  # fmt: skip
+
+OTHERS = {
+    "gpt2-eager": Case("GPT2LMHeadModel", "GPT2Config", GPT2, uncached, EAGER),
+    "llama-eager": Case("LlamaForCausalLM", "LlamaConfig", GROUPED, uncached, EAGER),
+    "gpt2-cache": Case("GPT2LMHeadModel", "GPT2Config", GPT2, tokens),
+    "llama-cache": Case("LlamaForCausalLM", "LlamaConfig", GROUPED, tokens),
+    "t5-cache": Case("T5ForConditionalGeneration", "T5Config", T5, lambda: {**translation(), "use_cache": True}),
+    "distilbert": Case("DistilBertForSequenceClassification", "DistilBertConfig", DISTILBERT, masked),
+    "roberta": Case("RobertaForMaskedLM", "RobertaConfig", SIZES, masked),
+    "gpt-neox": Case("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES, uncached),
+    "mistral": Case("MistralForCausalLM", "MistralConfig", {**GROUPED, "sliding_window": 4}, uncached),
+    "qwen2": Case("Qwen2ForCausalLM", "Qwen2Config", GROUPED, uncached),
+    "gemma": Case("GemmaForCausalLM", "GemmaConfig", {**GROUPED, "head_dim": 4}, uncached),
+    "phi": Case("PhiForCausalLM", "PhiConfig", SIZES, uncached),
+    "opt": Case("OPTForCausalLM", "OPTConfig", {**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16}, masked_uncached),
+    "bloom": Case("BloomForCausalLM", "BloomConfig", BLOOM, masked_uncached),
+    "falcon": Case("FalconForCausalLM", "FalconConfig", SIZES, uncached),
+    "mixtral": Case(
+        "MixtralForCausalLM", "MixtralConfig", {**GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2}, uncached,
+        {"_experts_implementation": "batched_mm"},
+    ),
+    "deberta": Case("DebertaV2ForSequenceClassification", "DebertaV2Config", SIZES, masked),
+    "whisper": Case("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, speech_features),
+    "clip": Case("CLIPModel", "CLIPConfig", CLIP, text_and_pixels),
+    "convnext": Case("ConvNextForImageClassification", "ConvNextConfig", CONVNEXT, pixels(8)),
+    "swin": Case("SwinForImageClassification", "SwinConfig", SWIN, pixels(16)),
+    "mamba": Case("MambaForCausalLM", "MambaConfig", STATE_SPACE, uncached),
+    "mamba2": Case(
+        "Mamba2ForCausalLM", "Mamba2Config",
+        {**STATE_SPACE, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}, uncached,
+    ),
+    "wav2vec2": Case(  # reverse mode's second derivative of torch._weight_norm is wrong
+        "Wav2Vec2Model", "Wav2Vec2Config", WAV2VEC2, waveform, truth="difference"
+    ),
+    "mobilevit": Case("MobileViTForImageClassification", "MobileViTConfig", MOBILEVIT, pixels(32), train=True),
+    "detr": Case("DetrForObjectDetection", "DetrConfig", DETR, pixels(16)),
+}  # fmt: skip
+CASES = {**REQUIRED, **OTHERS}
+
+
+FAST = [*REQUIRED, "gpt2-cache", "llama-cache", "convnext"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in CASES])
+def test_eager(name: str) -> None:
+    check(CASES[name].problem())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REQUIRED)
+def test_compiled(name: str) -> None:
+    check(CASES[name].problem(), lower=fomoh_fx.compile)
