@@ -9,6 +9,6 @@ from fomoh_fx.transform import HyperDualModule, compile, transform
 
 __all__ = [
     "ArgumentError", "CaptureError", "FomohError", "HyperDual", "HyperDualModule", "SpecialisationError",
-    "UnsupportedOpError", "compile", "grad", "hessian", "hessian_diagonal", "hvp", "laplacian", "optim", "quadratic_form",
-    "register_rule", "rules", "supported_ops", "transform",
+    "UnsupportedOpError", "compile", "grad", "hessian", "hessian_diagonal", "hvp", "laplacian", "optim",
+    "quadratic_form", "register_rule", "rules", "supported_ops", "transform",
 ]  # fmt: skip

@@ -92,15 +92,15 @@ class RandomDirections:
         return drawn
 
     def observe(self, directions: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> None:
-        """What the step did: name -> change. A step that is zero (a skipped one) leaves the last direction as it was."""
+        """What the step did: name -> change. A step that is zero (a skipped one) leaves the last direction alone."""
         if not self.previous_step:
             return
         one = {name: change.unsqueeze(0) for name, change in moved.items()}
-        norm = norms(one)
+        norm = norms(one)[0]
         scale = math.sqrt(_dimension(moved)) / torch.where(norm > 0, norm, 1)
         for name, change in moved.items():
             kept, to = directions[name][-1], change.device
-            self._previous[name] = torch.where((norm > 0).to(to), change * scale[0].to(change), kept)
+            self._previous[name] = torch.where((norm > 0).to(to), change * scale.to(change), kept)
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, the state of each device's generator, and the step before."""

@@ -1,0 +1,338 @@
+"""What every optimizer of torch.optim promises: groups, schedulers, state, and no harm by a NaN."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fomoh_fx
+from fomoh_fx import lower
+from fomoh_fx.errors import ArgumentError
+from fomoh_fx.optim import FGD, FoMoH, FoMoHKD
+from fomoh_fx.transform import HyperDualModule
+from tests.optim.problems import ALL, Quadratic, classifier, flat, next_directions, parameters_of
+
+NEEDS = {FGD: None, FoMoH: "diagonal", FoMoHKD: "plane"}
+
+
+@pytest.mark.parametrize("second_order", ["plane", "diagonal", "trace", None])
+@pytest.mark.parametrize("optimizer", ALL)
+def test_the_second_order_that_fits_is_used(optimizer, second_order):
+    hd = fomoh_fx.transform(Quadratic(), second_order=second_order)
+    hd.lowering = lowering = lambda module, dynamic: lower.eager(module, dynamic)
+    opt = optimizer(hd)
+    assert opt.hd.second_order == NEEDS[optimizer]
+    assert opt.hd.lowering is lowering
+    assert (opt.hd is hd) == (second_order == NEEDS[optimizer])
+    assert opt.hd.model is hd.model
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+def test_no_autograd_graph_is_built(optimizer):
+    hd, x, targets = classifier()
+    seen = []
+    call = HyperDualModule.forward
+
+    def spy(self, *args, **kwargs):
+        value = call(self, *args, **kwargs)
+        seen.extend([value.primal, value.tangent, value.output, *kwargs["tangents"].values()])
+        return value
+
+    opt = optimizer(hd)
+    with pytest.MonkeyPatch.context() as patch, torch.enable_grad():
+        patch.setattr(HyperDualModule, "forward", spy)
+        loss = opt.step(x.requires_grad_(), targets=targets)
+    assert loss.dim() == 0
+    assert len(seen) == 7
+    for tensor in (loss, *seen):
+        assert not tensor.requires_grad and tensor.grad_fn is None
+    for p in hd.parameters():
+        assert p.requires_grad and p.grad is None and p.grad_fn is None
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+def test_state_dict_resumes_bit_for_bit(optimizer):
+    options = {"directions": 3, "lr": 0.1} | ({"previous_step": True} if optimizer is FoMoHKD else {})
+
+    def fresh(seed):
+        hd, x, targets = classifier("ggn" if optimizer is FoMoHKD else "hessian")
+        opt = optimizer(hd, seed=seed, **options)
+        return hd, opt, torch.optim.lr_scheduler.StepLR(opt, 3, 0.5), lambda: opt.step(x, targets=targets)
+
+    hd, opt, scheduler, step = fresh(0)
+    for _ in range(4):
+        step()
+        scheduler.step()
+    saved = io.BytesIO()
+    torch.save([hd.state_dict(), opt.state_dict(), scheduler.state_dict()], saved)
+    losses = []
+    for _ in range(5):
+        losses.append(step())
+        scheduler.step()
+
+    hd2, opt2, scheduler2, step2 = fresh(99)
+    saved.seek(0)
+    for part, state in zip((hd2, opt2, scheduler2), torch.load(saved), strict=True):
+        part.load_state_dict(state)
+    for loss in losses:
+        assert torch.equal(step2(), loss)
+        scheduler2.step()
+    assert torch.equal(parameters_of(hd2.model), parameters_of(hd.model))
+    assert opt2.param_groups[0]["lr"] == opt.param_groups[0]["lr"]
+
+
+def test_a_state_dict_is_a_snapshot():
+    hd, x, targets = classifier("ggn")
+    opt = FoMoHKD(hd, previous_step=True)
+    opt.step(x, targets=targets)
+    state = opt.state_dict()
+    copied = copy.deepcopy(state)
+    opt.step(x, targets=targets)
+    for name, kept in copied["directions"]["previous_step"].items():
+        assert torch.equal(state["directions"]["previous_step"][name], kept)
+    assert torch.equal(state["directions"]["generators"]["cpu"], copied["directions"]["generators"]["cpu"])
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+def test_schedulers(optimizer):
+    hd = fomoh_fx.transform(Quadratic(), second_order=optimizer.second_order)
+    opt, full = optimizer(hd, lr=0.2, seed=0), optimizer(hd, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, step_size=1, gamma=0.5)
+
+    def change(which):
+        before = parameters_of(hd.model)
+        which.step()
+        return parameters_of(hd.model) - before
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for lr in (0.2, 0.1, 0.05):
+            assert opt.param_groups[0]["lr"] == pytest.approx(lr)
+            start = copy.deepcopy(hd.state_dict())
+            full.directions.load_state_dict(opt.directions.state_dict())
+            expected = lr * change(full)
+            hd.load_state_dict(start)
+            torch.testing.assert_close(change(opt), expected)
+            scheduler.step()
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+def test_a_groups_rate_scales_its_part_of_the_step(optimizer):
+    hd = fomoh_fx.transform(Quadratic(), second_order=optimizer.second_order)
+    start = copy.deepcopy(hd.state_dict())
+
+    def changes(groups):
+        hd.load_state_dict(start)
+        optimizer(hd, lr=0.2, seed=0, params=groups and groups(hd.model)).step()
+        return {name: p.detach() - start[name] for name, p in hd.named_parameters()}
+
+    one = changes(None)
+    two = changes(lambda m: [{"params": [m.x]}, {"params": m.y, "lr": 0.1}])
+    torch.testing.assert_close(two["x"], one["x"])
+    torch.testing.assert_close(two["y"], one["y"] / 2)
+    named = changes(lambda m: [{"params": m.named_parameters()}])
+    assert all(torch.equal(named[name], one[name]) for name in one)
+
+
+def test_groups_are_named_and_parameters_in_no_group_are_left_alone():
+    model = Quadratic()
+    opt = FoMoHKD(fomoh_fx.transform(model), params=[model.x], directions=2)
+    y = model.y.detach().clone()
+    assert opt.param_groups[0]["param_names"] == ["x"]
+    assert list(next_directions(opt)) == ["x"]
+    opt.step()
+    assert torch.equal(model.y, y)
+    opt.add_param_group({"params": [model.y], "lr": 0.01})
+    opt.step()
+    assert not torch.equal(model.y, y)
+
+
+def test_wrt_decides_what_is_trained():
+    model = Quadratic()
+    hd = fomoh_fx.transform(model, wrt="y")
+    opt = FoMoH(hd)
+    assert opt.param_groups[0]["param_names"] == ["y"]
+    with pytest.raises(ArgumentError, match="^params: "):
+        FoMoH(hd, params=[model.x])
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+def test_frozen_parameters_get_no_tangent(optimizer):
+    model = Quadratic()
+    opt = optimizer(fomoh_fx.transform(model), lr=0.1, weight_decay=0.5)
+    model.x.requires_grad_(False)
+    x, y = model.x.clone(), model.y.detach().clone()
+    assert list(next_directions(opt)) == ["y"]
+    opt.step()
+    assert torch.equal(model.x, x)
+    assert not torch.equal(model.y, y)
+    model.y.requires_grad_(False)
+    with pytest.raises(ArgumentError, match="^params: none .* requires_grad"):
+        opt.step()
+    model.x.requires_grad_(True)
+    opt.step()
+    assert not torch.equal(model.x, x)
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+def test_weight_decay_is_decoupled(optimizer):
+    hd = fomoh_fx.transform(Quadratic(), second_order=optimizer.second_order)
+    start = copy.deepcopy(hd.state_dict())
+
+    def after(weight_decay):
+        hd.load_state_dict(start)
+        optimizer(hd, lr=0.1, weight_decay=weight_decay, seed=0).step()
+        return parameters_of(hd.model)
+
+    torch.testing.assert_close(after(0.3) - after(0.0), -0.1 * 0.3 * parameters_of(Quadratic()))
+
+
+@pytest.mark.parametrize("solver", ["jitter", "saddle_free", lambda g, h: g / 0])
+def test_a_step_that_is_not_finite_is_skipped(solver):
+    hd, x, targets = classifier("ggn")
+    opt = FoMoHKD(hd, solver=solver, previous_step=True, weight_decay=0.1, seed=0)
+    bad = x.clone()
+    if isinstance(solver, str):
+        bad[0, 0] = torch.nan
+    before = parameters_of(hd.model)
+    with pytest.warns(UserWarning, match="skipped"):
+        opt.step(bad, targets=targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(bad, targets=targets)
+    assert opt.skipped == 2
+    assert torch.equal(parameters_of(hd.model), before)
+    if isinstance(solver, str):
+        opt.step(x, targets=targets)
+        assert opt.skipped == 2
+        assert not torch.equal(parameters_of(hd.model), before)
+        assert parameters_of(hd.model).isfinite().all()
+        assert all(v.isfinite().all() for v in next_directions(opt).values())
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+def test_infinities_and_overflow_are_skipped(optimizer):
+    model = Quadratic().float()
+    model.a, model.b = model.a.float() * 1e38, model.b.float()
+    before = parameters_of(model)
+    opt = optimizer(fomoh_fx.transform(model), lr=1.0, directions=2)
+    with pytest.warns(UserWarning, match="skipped"):
+        for _ in range(3):
+            opt.step()
+    assert opt.skipped == 3
+    assert torch.equal(parameters_of(model), before)
+    assert opt.state_dict()["skipped"] == 3
+
+
+def test_the_parameters_keep_their_dtype():
+    for dtype in (torch.bfloat16, torch.float32):
+        hd, x, targets = classifier("ggn", dtype)
+        opt = FoMoHKD(hd, directions=3, lr=0.5, seed=0)
+        first = opt.step(x, targets=targets)
+        for _ in range(20):
+            last = opt.step(x, targets=targets)
+        assert last < first
+        assert all(p.dtype == dtype for p in hd.parameters())
+
+
+def test_a_tensor_as_rate():
+    model = Quadratic()
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    opt = FGD(fomoh_fx.transform(model), lr=rate, seed=0)
+    opt.step()
+    other = Quadratic()
+    FGD(fomoh_fx.transform(other), lr=0.1, seed=0).step()
+    torch.testing.assert_close(parameters_of(model), parameters_of(other))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "^lr: "),
+        ({"lr": float("nan")}, "^lr: "),
+        ({"weight_decay": -0.1}, "^weight_decay: "),
+        ({"directions": 0}, "^directions: "),
+        ({"sampler": "gauss"}, "^sampler: "),
+        ({"params": [nn.Parameter(torch.zeros(2))]}, "^params: "),
+        ({"params": [{"params": [], "lr": -1.0}]}, "^lr: "),
+    ],
+)
+@pytest.mark.parametrize("optimizer", ALL)
+def test_bad_arguments_are_named(optimizer, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        optimizer(fomoh_fx.transform(Quadratic()), **options)
+
+
+def test_bad_modules_are_named():
+    with pytest.raises(ArgumentError, match="^hd: "):
+        FGD(Quadratic())
+    with pytest.raises(ArgumentError, match="^hd: .*inputs"):
+        FGD(fomoh_fx.transform(Quadratic(), wrt="inputs"))
+    hd = fomoh_fx.transform(nn.Linear(3, 2))
+    with pytest.raises(ArgumentError, match="^hd: .*scalar"):
+        FoMoH(hd).step(torch.randn(4, 3))
+    with pytest.raises(ArgumentError, match="^eps: "):
+        FoMoH(fomoh_fx.transform(Quadratic()), eps=-1.0)
+    with pytest.raises(ArgumentError, match="^solver: "):
+        FoMoHKD(fomoh_fx.transform(Quadratic()), solver="cg")
+
+
+def test_unused_and_tied_parameters():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+            self.second = nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+            self.unused = nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return self.second(self.first(x).tanh()).square().mean()
+
+    model = Tied()
+    opt = FoMoHKD(fomoh_fx.transform(model), lr=0.1, directions=2, seed=0)
+    assert opt.param_groups[0]["param_names"] == ["unused", "first.weight", "first.bias", "second.bias"]
+    opt.step(torch.randn(5, 3))
+    assert model.second.weight is model.first.weight
+    assert flat(next_directions(opt)).shape == (2, 17)
+
+
+def test_dropout_and_batch_norm_in_train_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+    opt = FoMoHKD(fomoh_fx.transform(model, nn.functional.cross_entropy, curvature="ggn"), lr=0.2, directions=4)
+    x, y = torch.randn(64, 4), torch.randint(0, 3, (64,))
+    losses = [opt.step(x, targets=(y,)) for _ in range(60)]
+    assert model[1].num_batches_tracked == 60
+    assert torch.stack(losses[-10:]).mean() < torch.stack(losses[:10]).mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [fomoh_fx.compile, torch.compile])
+def test_compiled_equals_eager(compiled):
+    hd, x, targets = classifier()
+    other, _, _ = classifier()
+    eager, lowered = FoMoHKD(hd, directions=3, seed=0, lr=0.1), FoMoHKD(compiled(other), directions=3, seed=0, lr=0.1)
+    for _ in range(3):
+        torch.testing.assert_close(eager.step(x, targets=targets), lowered.step(x, targets=targets))
+    torch.testing.assert_close(parameters_of(hd.model), parameters_of(other.model))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ALL)
+def test_nothing_waits_for_the_gpu(optimizer):
+    hd, x, targets = classifier("hessian", torch.float32)
+    hd.to("cuda")
+    x, targets = x.cuda(), tuple(t.cuda() for t in targets)
+    opt = optimizer(hd, directions=3)
+    opt.step(x, targets=targets)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            opt.step(x, targets=targets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert opt.skipped == 0
