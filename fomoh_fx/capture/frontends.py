@@ -170,6 +170,8 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
     tensors = _distinct(root)
     shapes = None if dynamic_shapes is None else {"tensors": tuple(dynamic_shapes)}
     exported = torch.export.export(root, tensors, strict=False, dynamic_shapes=shapes)
+    for node in exported.graph_module.graph.find_nodes(op="placeholder"):
+        node.meta.pop("custom", None)  # where Dynamo captured a branch, it names itself, and then refuses another name
     table = torch.export.default_decompositions()
     for op in [*RULES, *COMPOSITES, aten.detach.default]:
         table.pop(op, None)
