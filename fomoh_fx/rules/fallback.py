@@ -194,7 +194,8 @@ class _Derivative:
 
 
 _REAL_ZEROS = {
-    torch.ops.aten._efficientzerotensor.default: lambda size, **kwargs: torch.ops.aten.zeros.default(size, **kwargs)
+    torch.ops.aten._efficientzerotensor.default: lambda size, **kwargs: torch.ops.aten.zeros.default(size, **kwargs),
+    torch.ops.aten._new_zeros_with_same_feature_meta.default: lambda x, like, **kwargs: x.new_zeros(like.shape),
 }
 
 

@@ -31,10 +31,57 @@ def tested() -> set:
     return found
 
 
+#: Each of these has a test function below.
+REFUSED = [op for op, kind in KINDS.items() if kind == "refused"]
+TESTED_OTHERWISE = [*REFUSED, torch.ops.fomoh_fx.with_value.default, torch.ops.fomoh_fx.custom_function.default]
+
+
 def test_every_operator_is_tested():
-    own = [op for op in (*RULES, *COMPOSITES) if not op.namespace.startswith(MINE)]
+    own = [op for op in (*RULES, *COMPOSITES) if op.namespace != MINE]
     missing = sorted(str(op) for op in set(own) - tested())
     assert not missing, f"no sample for {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("op", REFUSED, ids=str)
+def test_refused_operator(op):
+    with pytest.raises(UnsupportedOpError):
+        RULES[op](op, Components(1, None))
+
+
+def second_order_of(model) -> tuple[float, float, float]:
+    """The value of a function of one number at 1.5, and its two derivatives."""
+    x = torch.tensor(1.5, dtype=torch.float64)
+    out = fomoh_fx.transform(model, wrt="inputs")(x, tangents=[torch.ones(1, dtype=torch.float64)])
+    return float(out.primal), float(out.tangent), float(out.cross)
+
+
+def test_with_value():
+    """A value changed in place under no_grad keeps its derivative, as in reverse mode."""
+
+    def model(x: Tensor) -> Tensor:
+        y = x * 3
+        with torch.no_grad():
+            y.add_(1)
+        return y**2
+
+    assert second_order_of(model) == (5.5**2, 2 * 5.5 * 3, 2 * 9)
+
+
+class Cube(torch.autograd.Function):
+    """x^3, with a derivative of its own: 4 x^2."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return 4 * ctx.saved_tensors[0] ** 2 * g
+
+
+def test_custom_function():
+    assert second_order_of(Cube.apply) == (1.5**3, 4 * 1.5**2, 8 * 1.5)
 
 
 def test_supported_ops_lists_names_and_kinds():
