@@ -1,6 +1,7 @@
 """The differentiation rules, one file per kind; importing this package fills the registry."""
 
 from fomoh_fx.rules import activations as _activations  # noqa: F401  registers
+from fomoh_fx.rules import attention as _attention  # noqa: F401  registers
 from fomoh_fx.rules import complex as _complex  # noqa: F401  registers
 from fomoh_fx.rules import control_flow as _control_flow  # noqa: F401  registers
 from fomoh_fx.rules import embedding_bag as _embedding_bag  # noqa: F401  registers

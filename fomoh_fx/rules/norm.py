@@ -24,7 +24,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _statistics_dtype(x: Tensor, *parameters: Optional) -> torch.dtype:
-    """The type of the means and deviations that PyTorch hands out: on a CPU that of the parameters, if there are any."""
+    """The type of the means and deviations that PyTorch hands out: on a CPU that of the parameters, if any."""
     if x.device.type != "cpu":
         return _wide(x).dtype
     return next((p.dtype for p in parameters if p is not None), x.dtype)
