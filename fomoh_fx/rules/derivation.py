@@ -289,9 +289,18 @@ class _Printer(TorchPrinter):
 
 
 def _select(y: Tensor, condition: Any, true: Any, false: Any) -> Any:
-    """where() that does not take the default dtype for two Python numbers."""
+    """where() as one node, that does not take the default dtype for two Python numbers."""
     if not isinstance(condition, Tensor):
         return true if condition else false
-    if not isinstance(true, Tensor) and not isinstance(false, Tensor):
-        true = torch.scalar_tensor(true, dtype=y.dtype, device=y.device)
-    return torch.where(condition, true, false)
+    if isinstance(true, Tensor):
+        return (
+            torch.where(condition, true, false)
+            if isinstance(false, Tensor)
+            else _where.ScalarOther(condition, true, false)
+        )
+    if not isinstance(false, Tensor):
+        false = torch.scalar_tensor(false, dtype=y.dtype, device=y.device)
+    return _where.ScalarSelf(condition, true, false)
+
+
+_where = torch.ops.aten.where

@@ -123,7 +123,9 @@ def gated(gate: Callable[..., Tensor]) -> Rule:
         plain, options = primals((x, *args), kwargs)
         y = op(*plain, **options)
         open_ = gate(y, *bind(op, plain, options))
-        return HyperDual(y, *(None if p is None else torch.where(open_, p, 0.0) for p in (x.tangent, x.cross)))
+        return HyperDual(
+            y, *(None if p is None else aten.where.ScalarOther(open_, p, 0.0) for p in (x.tangent, x.cross))
+        )
 
     rule.kind = "gated"  # type: ignore[attr-defined]
     return rule

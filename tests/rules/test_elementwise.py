@@ -297,6 +297,16 @@ def test_special_points_of_two_arguments(op, x, w, first, second):
     assert found[1] == pytest.approx(second)
 
 
+def test_random_slopes_are_shared():
+    """rrelu in training draws once: every component has the primal's slopes."""
+    x = t(-1.3, 0.4, -2.2)
+    result = expanded(
+        aten.rrelu_with_noise_functional.default, x, torch.zeros(3, dtype=x.dtype), 0.1, 0.9, True, active=[0]
+    )
+    torch.testing.assert_close(result.tangent[0], result.primal / x)
+    assert result.cross is None
+
+
 def test_power_of_zero():
     """0 ** x has derivative zero, as in reverse mode."""
     result = expanded(aten.pow.Scalar, 0.0, t(0.0, 1.0, 2.0))
