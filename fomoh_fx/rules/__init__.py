@@ -10,6 +10,7 @@ from fomoh_fx.rules import joint as _joint  # noqa: F401  registers
 from fomoh_fx.rules import linalg as _linalg  # noqa: F401  registers
 from fomoh_fx.rules import norm as _norm  # noqa: F401  registers
 from fomoh_fx.rules import random as _random  # noqa: F401  registers
+from fomoh_fx.rules import recurrent as _recurrent  # noqa: F401  registers
 from fomoh_fx.rules import reduction as _reduction  # noqa: F401  registers
 from fomoh_fx.rules import resampling as _resampling  # noqa: F401  registers
 from fomoh_fx.rules import scan as _scan  # noqa: F401  registers
