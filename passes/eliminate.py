@@ -13,8 +13,12 @@ from torch._ops import OpOverload
 def eliminate(module: fx.GraphModule) -> fx.GraphModule:
     """Remove dead nodes and the attributes that only they used."""
     module.graph.eliminate_dead_code(is_impure_node=is_effect)
-    module.delete_all_unused_submodules()
-    used = {node.target for node in module.graph.find_nodes(op="get_attr")}
+    used = {str(node.target).split(".")[0] for node in module.graph.find_nodes(op="get_attr")}
+    for name, child in list(module.named_children()):
+        if name not in used:
+            delattr(module, name)
+        elif isinstance(child, fx.GraphModule):  # the body of a higher-order operator
+            eliminate(child)
     for name in [n for n, _ in module.named_buffers(recurse=False) if n not in used]:
         delattr(module, name)
     module.recompile()

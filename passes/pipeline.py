@@ -83,4 +83,8 @@ def _seeds_and_asked(module: fx.GraphModule, request: Request) -> tuple[list[fx.
 def _copy(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    return fx.GraphModule(module, graph)
+    copied = fx.GraphModule(module, graph)
+    for name, child in list(copied.named_children()):
+        if isinstance(child, fx.GraphModule):  # the body of a higher-order operator
+            setattr(copied, name, _copy(child))
+    return copied

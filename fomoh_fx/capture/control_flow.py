@@ -1,8 +1,8 @@
 """Higher-order operators while a model is captured.
 
 PyTorch captures the branches of ``torch.cond``, ``while_loop``, ``scan`` and ``map`` with Dynamo, which cannot trace
-through the modes that record what a trace would lose: they step aside meanwhile, and are back when the captured branches
-run. ``flex_attention`` runs by its mathematics.
+through the modes that record what a trace would lose: they step aside meanwhile, and are back when the captured
+branches run. ``flex_attention`` runs by its mathematics.
 """
 
 from __future__ import annotations

@@ -57,15 +57,21 @@ class Pattern:
         return len(self.tangents)
 
     def pack(self, values: Sequence[Any], components: Components) -> list[Any]:
-        """The primals, then the tangents, then the crosses, zeros for those that a value lacks."""
+        """The primals, then the tangents, then the crosses, zeros for those that a value lacks.
+
+        All contiguous: the layout may not differ between branches or iterations.
+        """
         duals = [v if isinstance(v, HyperDual) else HyperDual(v) for v in values]
 
         def filled(part: Tensor | None, primal: Tensor, count: int) -> Tensor:
-            return primal.new_zeros((count, *primal.shape)) if part is None else part.contiguous()
+            return primal.new_zeros((count, *primal.shape)) if part is None else part
 
-        tangents = [filled(d.tangent, d.primal, components.directions) for d, t in zip(duals, self.tangents, strict=True) if t]
+        tangents = [
+            filled(d.tangent, d.primal, components.directions) for d, t in zip(duals, self.tangents, strict=True) if t
+        ]
         crosses = [filled(d.cross, d.primal, components.count) for d, c in zip(duals, self.crosses, strict=True) if c]
-        return [*(d.primal for d in duals), *tangents, *crosses]
+        packed = [*(d.primal for d in duals), *tangents, *crosses]
+        return [x.contiguous() if isinstance(x, Tensor) else x for x in packed]
 
     def unpack(self, flat: Sequence[Any]) -> list[Any]:
         """The values again; a plain one where there is no component."""
@@ -144,7 +150,9 @@ def unpacked(flat: Sequence[Any], patterns: Sequence[Pattern]) -> list[Any]:
     return values
 
 
-def _cond(op: Any, components: Components, pred: Any, true: fx.GraphModule, false: fx.GraphModule, operands: Any = ()) -> Any:
+def _cond(
+    op: Any, components: Components, pred: Any, true: fx.GraphModule, false: fx.GraphModule, operands: Any = ()
+) -> Any:
     """Both branches return the components that either has."""
     given = Pattern.of(operands)
     bodies = [HyperDualBody(branch, components, given) for branch in (true, false)]
@@ -153,7 +161,9 @@ def _cond(op: Any, components: Components, pred: Any, true: fx.GraphModule, fals
     return tuple(wanted.unpack(op(primal_of(pred), *branches, tuple(given.pack(operands, components)))))
 
 
-def _carried(body: fx.GraphModule, components: Components, state: Pattern, *rest: Pattern) -> tuple[HyperDualBody, Pattern]:
+def _carried(
+    body: fx.GraphModule, components: Components, state: Pattern, *rest: Pattern
+) -> tuple[HyperDualBody, Pattern]:
     """The body for the smallest pattern of carried values that one iteration maps to itself, and that pattern."""
     while True:
         dual = HyperDualBody(body, components, reduce(Pattern.__add__, rest, state))
@@ -163,7 +173,9 @@ def _carried(body: fx.GraphModule, components: Components, state: Pattern, *rest
         state = after
 
 
-def _while_loop(op: Any, components: Components, cond: Body, body: fx.GraphModule, carried: Any, additional: Any) -> Any:
+def _while_loop(
+    op: Any, components: Components, cond: Body, body: fx.GraphModule, carried: Any, additional: Any
+) -> Any:
     """The loop also carries components; its condition sees primals only."""
     rest = Pattern.of(additional)
     dual, state = _carried(body, components, Pattern.of(carried), rest)
@@ -183,25 +195,25 @@ def _scan(op: Any, components: Components, combine: fx.GraphModule, init: Any, x
     flat = op(
         lambda *values: list(step(*values)),
         state.pack(init, components),
-        _scanned_first(slices, slices.pack(xs, components)),
+        _slices_first(slices, slices.pack(xs, components)),
         tuple(rest.pack(additional, components)),
     )
     carry, stacked = flat[: state.width], flat[state.width :]
-    return (*state.unpack(carry), *outputs.unpack(_scanned_first(outputs, stacked)))
+    return (*state.unpack(carry), *outputs.unpack(_slices_first(outputs, stacked)))
 
 
 def _map(op: Any, components: Components, body: fx.GraphModule, xs: Any, additional: Any = ()) -> Any:
     slices, rest = Pattern.of(xs), Pattern.of(additional)
     dual = HyperDualBody(body, components, slices + rest)
     outputs = dual.results
-    mapped = _scanned_first(slices, slices.pack(xs, components))
+    mapped = _slices_first(slices, slices.pack(xs, components))
     flat = op(dual.traced([slices, rest], [outputs]), mapped, rest.pack(additional, components))
-    return tuple(outputs.unpack(_scanned_first(outputs, flat)))
+    return tuple(outputs.unpack(_slices_first(outputs, flat)))
 
 
-def _scanned_first(pattern: Pattern, packed: Sequence[Any]) -> list[Any]:
+def _slices_first(pattern: Pattern, packed: Sequence[Any]) -> list[Any]:
     """Exchange the first two axes of the components, so that a slice along the scanned axis is [K, ...]; and back."""
-    return [*packed[: len(pattern)], *(part.transpose(0, 1) for part in packed[len(pattern) :])]
+    return [*packed[: len(pattern)], *(part.transpose(0, 1).contiguous() for part in packed[len(pattern) :])]
 
 
 # Composites: what runs its body once is its body.

@@ -55,7 +55,9 @@ class _IndexByTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _everywhere(function: Callable[..., Tensor], first: tuple[Tensor, ...], places: Sequence[Tensor], others: Any) -> Tensor:
+def _everywhere(
+    function: Callable[..., Tensor], first: tuple[Tensor, ...], places: Sequence[Tensor], others: Any
+) -> Tensor:
     """``function(*first, batch, head, row, column, *others)``, written for one element, at all of them."""
     for axis in (3, 2, 1, 0):
         along = [0 if axis == i else None for i in range(4)]

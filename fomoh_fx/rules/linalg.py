@@ -8,6 +8,7 @@ products of tangents contribute, None at first order. A matrix that has to be He
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,7 +99,7 @@ def _system(
     components: Components, a: Any, b: Any, x: Tensor, solve: Callable[[Tensor], Tensor], left: bool,
     shape: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> HyperDual:  # fmt: skip
-    """The components of the solution of A x = b (x A = b where not ``left``); ``shape`` is what the equation sees of A."""
+    """The components of x in A x = b (x A = b where not ``left``); ``shape`` is what the equation sees of A."""
     a, b = (v if isinstance(v, HyperDual) else HyperDual(v) for v in (a, b))
 
     def times(a_part: Tensor, x_part: Tensor) -> Tensor:
@@ -151,7 +152,9 @@ def _solve_triangular(op: Any, components: Components, a: Any, b: Any, *, upper:
     return _system(components, a, b, op(matrix, right, **options), lambda r: op(matrix, r, **options), left, triangle)
 
 
-def _triangular_solve(b: Tensor, a: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False) -> Any:
+def _triangular_solve(
+    b: Tensor, a: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
+) -> Any:
     matrix = a.mT if transpose else a
     x = aten.linalg_solve_triangular.default(matrix, b, upper=upper != transpose, unitriangular=unitriangular)
     return x, a.clone()
@@ -172,7 +175,10 @@ def _lu_solve(lu: Tensor, pivots: Tensor, b: Tensor, *, left: bool = True, adjoi
 
 
 def _cholesky(components: Components, a: HyperDual, factor: Tensor, upper: bool) -> HyperDual:
-    """A = L L^H: L_c = L phi(L^-1 (A_c - sum S (L_i L_j^H + L_j L_i^H)) L^-H), phi the lower half with half the diagonal."""
+    """A = L L^H: L_c = L phi(L^-1 (A_c - sum S (L_i L_j^H + L_j L_i^H)) L^-H).
+
+    phi takes the lower triangle and half of the diagonal.
+    """
     lower = factor.mH if upper else factor
 
     def step(part: Tensor | None, known: Tensor | None) -> Tensor:
@@ -184,7 +190,9 @@ def _cholesky(components: Components, a: HyperDual, factor: Tensor, upper: bool)
     return HyperDual(factor, *(None if p is None else p.mH if upper else p for p in (first, second)))
 
 
-def _cholesky_ex(op: Any, components: Components, a: HyperDual, *, upper: bool = False, check_errors: bool = False) -> Any:
+def _cholesky_ex(
+    op: Any, components: Components, a: HyperDual, *, upper: bool = False, check_errors: bool = False
+) -> Any:
     factor, info = op(a.primal, upper=upper, check_errors=check_errors)
     return _cholesky(components, a, factor, upper), info
 
@@ -248,7 +256,9 @@ def _qr(op: Any, components: Components, a: HyperDual, mode: str = "reduced") ->
     return (q_dual, r_dual) if mode != "r" else (op(a.primal, mode)[0], r_dual)
 
 
-def _lu_parts(components: Components, a: HyperDual, permuted: Callable[[Tensor], Tensor], lower: Tensor, upper: Tensor) -> Any:
+def _lu_parts(
+    components: Components, a: HyperDual, permuted: Callable[[Tensor], Tensor], lower: Tensor, upper: Tensor
+) -> Any:
     """P^T A = L U: with G = P^T A_c - sum S (L_i U_j + L_j U_i) and M = L^-1 G U^-1, L^-1 L_c is the lower part of M.
 
     L is unit lower triangular; of a tall or a wide matrix the leading square decides, and the rest follows.
@@ -272,7 +282,9 @@ def _lu_parts(components: Components, a: HyperDual, permuted: Callable[[Tensor],
     return _implicit(components, a, step, lambda first: components.product(torch.matmul, *first))
 
 
-def _lu_factor_ex(op: Any, components: Components, a: HyperDual, *, pivot: bool = True, check_errors: bool = False) -> Any:
+def _lu_factor_ex(
+    op: Any, components: Components, a: HyperDual, *, pivot: bool = True, check_errors: bool = False
+) -> Any:
     """The compact form: the strict lower triangle is L, the upper one U."""
     lu, pivots, info = op(a.primal, pivot=pivot, check_errors=check_errors)
     p, lower, upper = aten.lu_unpack.default(lu, pivots, True, pivot)
@@ -309,7 +321,7 @@ def _lu_unpack(op: Any, components: Components, lu: HyperDual, pivots: Any, unpa
 
 
 def _reflectors(a: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """V and T of the product of k reflections 1 - tau v v^H: it is 1 - V T V^H, with T = (1 + D triu(V^H V, 1))^-1 D."""
+    """V and T of a product of reflections 1 - tau v v^H: it is 1 - V T V^H with T = (1 + D triu(V^H V, 1))^-1 D."""
     k = tau.shape[-1]
     v = a[..., :k].tril(-1) + torch.eye(a.shape[-2], k, dtype=a.dtype, device=a.device)
     above = _identity(v) + tau.unsqueeze(-1) * (v.mH @ v).triu(1)
@@ -428,16 +440,20 @@ def _svd(op: Any, components: Components, a: HyperDual, full_matrices: bool = Fa
         return empty[0], s_dual, empty[2]
     vh_dual = HyperDual(vh, *(None if p is None else p.mH for p in (v_dual.tangent, v_dual.cross)))
     # the columns that complete a basis are not unique
-    return Undefined(u_all) if full and rows > columns else u_dual, s_dual, Undefined(vh_all) if full and rows < columns else vh_dual
+    return (
+        Undefined(u_all) if full and rows > columns else u_dual,
+        s_dual,
+        Undefined(vh_all) if full and rows < columns else vh_dual,
+    )
 
 
 # Determinants.
 
 
 def _slogdet(op: Any, components: Components, a: HyperDual) -> Any:
-    """l = log det A: l_i = tr(B_i) and l_c = tr(A^-1 A_c) - sum S tr(B_i B_j) with B_i = A^-1 A_i; log|det| is its real part.
+    """l = log det A: l_i = tr(B_i) and l_c = tr(A^-1 A_c) - sum S tr(B_i B_j) with B_i = A^-1 A_i.
 
-    The sign of a complex determinant is exp(i Im l).
+    log|det| is its real part, and the sign of a complex determinant is exp(i Im l).
     """
     sign, logabsdet, lu, pivots = op(a.primal)
     factors, swaps, _ = aten.linalg_lu_factor_ex.default(a.primal)
@@ -557,6 +573,19 @@ def _pdist(x: Tensor, p: float = 2.0) -> Tensor:
     return _p_distance(x.index_select(0, rows) - x.index_select(0, columns), p)
 
 
+def _tensorinv(a: Tensor, ind: int = 2) -> Tensor:
+    rows, columns = a.shape[:ind], a.shape[ind:]
+    return aten.linalg_inv.default(a.reshape(math.prod(rows), -1)).reshape(*columns, *rows)
+
+
+def _refused(name: str, instead: str) -> Rule:
+    def rule(op: Any, components: Components, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedOpError(f"PyTorch defines no derivative of {name}; use {instead}")
+
+    rule.kind = "refused"  # type: ignore[attr-defined]
+    return rule
+
+
 RULES: dict[Any, Rule] = {
     aten.linalg_inv_ex.default: _inv_ex,
     aten._linalg_solve_ex.default: _solve_ex,
@@ -592,6 +621,7 @@ COMPOSITES: dict[Any, Callable[..., Any]] = {
     aten.linalg_lu_factor.default: lambda a, *, pivot=True: aten.linalg_lu_factor_ex.default(
         a, pivot=pivot, check_errors=True
     )[:2],
+    aten.linalg_tensorinv.default: _tensorinv,
     aten.linalg_eigvals.default: lambda a: aten.linalg_eig.default(a)[0],
     aten._linalg_eigvals.default: lambda a: aten.linalg_eig.default(a)[0],
     aten.lu_solve.default: lambda b, lu, pivots: aten.linalg_lu_solve.default(lu, pivots, b),
@@ -605,6 +635,14 @@ COMPOSITES: dict[Any, Callable[..., Any]] = {
     aten._pdist_forward.default: _pdist,
     aten._euclidean_dist.default: lambda x, w: _cdist(x, w, 2.0, None),
 }
+REFUSED: dict[Any, Rule] = {
+    aten.geqrf.default: _refused("geqrf's compact form", "torch.linalg.qr"),
+    aten.linalg_ldl_factor.default: _refused("an LDL factorisation", "torch.linalg.cholesky or torch.linalg.lu"),
+    aten.linalg_ldl_factor_ex.default: _refused("an LDL factorisation", "torch.linalg.cholesky or torch.linalg.lu"),
+    aten.linalg_ldl_solve.default: _refused("ldl_solve", "torch.linalg.solve"),
+}
+for op, rule in REFUSED.items():
+    register(op, rule)
 for op, rule in RULES.items():
     register(op, rule, "linear algebra")
 for op, body in COMPOSITES.items():

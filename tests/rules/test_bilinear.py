@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from fomoh_fx.errors import UnsupportedOpError
-from fomoh_fx.rules.registry import RULES
 from tests.rules.checking import Sample, check
 
 aten = torch.ops.aten
@@ -97,8 +95,3 @@ PRODUCTS = {
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_composed_product(name):
     check(lambda x, w: PRODUCTS[name](x, w), Sample((r(4, 4), r(4, 4))))
-
-
-def test_scaled_products_are_refused():
-    with pytest.raises(UnsupportedOpError, match="scaled"):
-        RULES[aten._scaled_mm.default](aten._scaled_mm.default, None)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fomoh_fx
 from fomoh_fx.errors import UnsupportedOpError
 from tests.rules.checking import Sample, check
 
@@ -128,6 +129,7 @@ SAMPLES = {
         Sample((positive(3, 3), "L", False), hermitian=True, outputs=[0], truth="difference", name="values"),
     ],
     aten.linalg_eig.default: [Sample((r(3, 3),), outputs=[0]), Sample((z(3, 3),), outputs=[0], name="complex")],
+    aten.linalg_tensorinv.default: [Sample((regular(4, 4).reshape(2, 2, 4),))],
     aten.linalg_eigvals.default: [Sample((r(3, 3),))],
     aten._linalg_eigvals.default: [Sample((r(3, 3),), truth="difference")],
     aten._linalg_svd.default: [
@@ -176,3 +178,95 @@ CASES = [(op, sample) for op, samples in SAMPLES.items() for sample in samples]
 @pytest.mark.parametrize(("op", "sample"), CASES, ids=[f"{op}-{s.name or i}" for i, (op, s) in enumerate(CASES)])
 def test_rule(op, sample, second_order):
     check(op, sample, second_order)
+
+
+# Whole functions of a matrix, in what does not depend on a choice of phase.
+
+
+def phases(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(x * x.conj()).sum(-1)
+
+
+def projector(vectors: torch.Tensor) -> torch.Tensor:
+    """A weighted sum of the projectors on the columns, that no phase changes."""
+    return torch.view_as_real((vectors * torch.arange(1, vectors.shape[-1] + 1)) @ vectors.mH)
+
+
+def hermitian(x: torch.Tensor) -> torch.Tensor:
+    return x @ x.mH
+
+
+FUNCTIONS = {
+    "eigenvectors": (lambda x: phases(torch.linalg.eig(x)[1]), r(3, 3)),
+    "complex eigenvectors": (lambda x: phases(torch.linalg.eig(x)[1]), z(3, 3)),
+    "Hermitian eigenvectors": (lambda x: projector(torch.linalg.eigh(hermitian(x))[1]), z(3, 3)),
+    "Hermitian eigenvalues": (lambda x: torch.linalg.eigvalsh(hermitian(x)), z(3, 3)),
+    "complex left vectors": (lambda x: projector(torch.linalg.svd(x, full_matrices=False)[0]), z(4, 3)),
+    "complex right vectors": (lambda x: projector(torch.linalg.svd(x, full_matrices=False)[2].mH), z(3, 4)),
+    "complex low-rank part": (
+        lambda x: torch.view_as_real((lambda u, s, vh: (u[:, :2] * s[:2]) @ vh[:2])(*torch.linalg.svd(x))),
+        z(3, 3),
+    ),
+    "complex singular values": (lambda x: torch.linalg.svdvals(x), z(2, 3, 4)),
+    "spectral norm": (lambda x: torch.linalg.matrix_norm(x, 2), r(4, 3)),
+    "nuclear norm": (lambda x: torch.linalg.matrix_norm(x, "nuc"), r(4, 3)),
+    "condition number": (lambda x: torch.linalg.cond(x), r(3, 3)),
+    "logdet": (lambda x: torch.logdet(x), positive(3, 3)),
+    "matrix_power": (lambda x: torch.linalg.matrix_power(x, 3), r(3, 3)),
+    "negative matrix_power": (lambda x: torch.linalg.matrix_power(x, -2), regular(3, 3)),
+    "tensorsolve": (lambda x: torch.linalg.tensorsolve(x.reshape(2, 2, 4), x[:2, :2]), regular(4, 4)),
+    "Hermitian pinv": (lambda x: torch.linalg.pinv(hermitian(x), hermitian=True), r(3, 3)),
+    "rank-deficient pinv": (lambda x: torch.linalg.pinv(x[:, :2] @ x[:2]), r(4, 4)),
+    "cholesky_solve": (lambda x: torch.cholesky_solve(x, torch.linalg.cholesky(hermitian(x))), regular(3, 3)),
+    "lu_solve": (lambda x: torch.linalg.lu_solve(*torch.linalg.lu_factor(x), x[:, :1]), regular(3, 3)),
+    "complex lu": (lambda x: torch.view_as_real(torch.linalg.lu(x)[1]), z(3, 3)),
+    "complex qr": (lambda x: torch.view_as_real(torch.linalg.qr(x)[1]), z(3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_of_a_matrix(name):
+    function, x = FUNCTIONS[name]
+    check(lambda x: function(x), Sample((x,), tolerance=1e-8))
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_distance_zero_has_derivative_zero(p):
+    """As in reverse mode, where a row of one set is a row of the other."""
+    x = r(3, 2)
+    vs = (r(2, 3, 2), r(2, 3, 2))
+    hd = fomoh_fx.transform(lambda x, w: torch.cdist(x, w, p=p), wrt="inputs")
+    out = hd(x, x.clone(), tangents=vs)
+    for part in (out.tangent, out.cross):
+        assert part.isfinite().all()
+        assert (part.diagonal(dim1=-2, dim2=-1) == 0).all()
+
+
+def test_factors_that_are_not_unique_are_refused():
+    x, v = r(4, 3), (r(2, 4, 3),)
+    with pytest.raises(UnsupportedOpError, match="reduced"):
+        fomoh_fx.transform(lambda x: torch.linalg.qr(x, "complete"), wrt="inputs")(x, tangents=v)
+    with pytest.raises(UnsupportedOpError):
+        fomoh_fx.transform(lambda x: torch.linalg.svd(x)[0], wrt="inputs")(x, tangents=v)
+    assert fomoh_fx.transform(lambda x: torch.linalg.svd(x)[1], wrt="inputs")(x, tangents=v).cross.shape == (3, 3)
+
+
+def test_equal_eigenvalues_give_no_finite_vectors():
+    """Their derivative does not exist, and no number pretends to be it."""
+    hd = fomoh_fx.transform(lambda x: torch.linalg.eigh(x)[1], wrt="inputs")
+    v = r(1, 2, 2)
+    assert not hd(torch.eye(2, dtype=torch.float64), tangents=(v + v.mT,)).tangent.isfinite().all()
+
+
+@pytest.mark.parametrize("function", [torch.linalg.inv, torch.linalg.cholesky, torch.linalg.det, torch.linalg.svdvals])
+def test_single_precision_stays(function):
+    x = positive(3, 3).float()
+    out = fomoh_fx.transform(lambda x: function(x), wrt="inputs")(x, tangents=(torch.randn(1, 3, 3),))
+    assert out.tangent.dtype == out.cross.dtype == torch.float32
+
+
+def test_singular_matrices_raise():
+    hd = fomoh_fx.transform(lambda x: torch.linalg.inv(x), wrt="inputs")
+    hd(regular(3, 3), tangents=(r(1, 3, 3),))
+    with pytest.raises(torch.linalg.LinAlgError):
+        hd(torch.zeros(3, 3, dtype=torch.float64), tangents=(r(1, 3, 3),))
