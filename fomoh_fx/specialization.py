@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Program
@@ -26,7 +26,6 @@ class Specialization:
         program: what was captured.
         compiled: every stage of the graph.
         components: which components it propagates.
-        owners: for each parameter or buffer input the module that holds it, and its name there.
         with_loss: whether the first result is the loss and the second the model's output.
         seeds: what the tangents belong to.
         signature: of the call that was traced.
@@ -34,13 +33,13 @@ class Specialization:
         traced_with: shape, dtype and device of each argument and tangent.
         others: the arguments that are not tensors.
         modes: the training flags and autocast.
+        outside: the training flags of the modules that a function refers to without owning them.
         run: the final graph, or its lowered form.
     """
 
     program: Program
     compiled: Compiled
     components: Components
-    owners: dict[int, tuple[nn.Module, str]]
     with_loss: bool
     seeds: Seeds
     signature: Signature
@@ -48,6 +47,7 @@ class Specialization:
     traced_with: list[tuple[torch.Size, torch.dtype, torch.device]]
     others: list[Any]
     modes: list[Any]
+    outside: list[bool]
     run: Callable[..., Any]
 
     @property
@@ -82,57 +82,50 @@ class Specialization:
     def fits(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor], others: list[Any], modes: list[Any]) -> bool:
         """Whether this was traced with these shapes, dtypes, devices, other arguments and modes; Dynamo reads this."""
         shapes = [(t.shape, t.dtype, t.device) for t in (*tensors, *stacks)]
-        return shapes == self.traced_with and others == self.others and modes == self.modes
+        same = shapes == self.traced_with and others == self.others and modes == self.modes
+        return same and outside_modes(self.program) == self.outside
+
+    def holds(self) -> bool:
+        """Whether what the signature cannot see is as it was: modules and tensors that a function or loss refers to."""
+        if outside_modes(self.program) != self.outside:
+            return False
+        for what, node in zip(self.program.inputs, self.program.placeholders, strict=True):
+            traced = node.meta["val"]
+            if what.kind != "argument":
+                now = what.value(())
+                if (now.shape, now.dtype, now.device) != (traced.shape, traced.dtype, traced.device):
+                    return False
+        return True
 
     def __call__(self, tensors: Sequence[Tensor], tangents: Sequence[Tensor]) -> HyperDual:
         """Evaluate; buffers and arguments that the model changes are updated from the primal, once."""
-        inputs = self.inputs(tensors)
+        inputs = [what.value(tensors) for what in self.program.inputs]
         with torch.no_grad(), without_autocast():
             flat = self.run(*inputs, *tangents)
-            return self.result(flat, inputs)
+            return self.result(flat, tensors)
 
-    def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The current value of every primal input, in the graph's order."""
-        values: list[Tensor] = []
-        for i, what in enumerate(self.program.inputs):
-            if what.kind == "argument":
-                values.append(tensors[what.index])
-            elif what.kind == "constant":
-                assert what.tensor is not None
-                values.append(what.tensor)
-            else:
-                owner, name = self.owners[i]
-                values.append(getattr(owner, name))
-        return values
-
-    def result(self, flat: Sequence[Any], inputs: Sequence[Tensor]) -> HyperDual:
-        """Write back the new buffers, and give the outputs the result's own structure."""
+    def result(self, flat: Sequence[Any], tensors: Sequence[Tensor]) -> HyperDual:
+        """Write back what the model changes in place, and give the outputs the result's own structure."""
         duals = self.compiled.layout.unpack(flat)
         values: list[HyperDual] = []
         for what, dual in zip(self.program.outputs, duals, strict=True):
-            if what.kind == "value":
+            if what.changes is None:
                 values.append(dual)
             else:
-                inputs[self._position(what.kind, what.name, what.index)].copy_(dual.primal)
+                what.changes.value(tensors).copy_(dual.primal)
         rebuild = self.program.structure.rebuild
         primal = rebuild([v.primal for v in values])
         asked = values[:1] if self.with_loss else values
         tangent = [self._filled(v.primal, v.tangent, (self.components.directions,)) for v in asked]
         cross = [self._filled(v.primal, v.cross, self._cross_shape()) for v in asked]
+        second = self.components.second_order
         if self.with_loss:
             loss, output = primal
-            return HyperDual(loss, tangent[0], cross[0], output, self.components)
+            return HyperDual(loss, tangent[0], cross[0] if second else None, output, self.components)
         none = lambda _: None  # noqa: E731  a leaf without derivative
-        second = self.components.second_order
         return HyperDual(
             primal, rebuild(tangent, none), rebuild(cross, none) if second else None, None, self.components
         )
-
-    def _position(self, kind: str, name: str, index: int) -> int:
-        for i, what in enumerate(self.program.inputs):
-            if what.kind == kind and (what.name == name if kind == "buffer" else what.index == index):
-                return i
-        raise AssertionError(f"no input {kind} {name}")
 
     def _cross_shape(self) -> tuple[int, ...]:
         return () if self.components.second_order == "trace" else (self.components.count,)
@@ -144,13 +137,6 @@ class Specialization:
         return torch.zeros(lead + primal.shape, dtype=primal.dtype, device=primal.device)
 
 
-def owners_of(program: Program, modules: Mapping[str, nn.Module]) -> dict[int, tuple[nn.Module, str]]:
-    """Where the parameters and buffers of a program live: ``modules`` maps the prefixes "" and "loss" to the roots."""
-    owners = {}
-    for i, what in enumerate(program.inputs):
-        if what.kind in ("parameter", "buffer"):
-            prefix = "loss" if what.name.startswith("loss.") and "loss" in modules else ""
-            path = what.name.removeprefix("loss.") if prefix else what.name
-            parent, _, leaf = path.rpartition(".")
-            owners[i] = (modules[prefix].get_submodule(parent), leaf)
-    return owners
+def outside_modes(program: Program) -> list[bool]:
+    """The training flags of the modules that the model or the loss refers to without owning them; Dynamo reads this."""
+    return [module.training for top in program.outside for module in top.modules()]

@@ -22,7 +22,7 @@ from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.passes import pipeline
 from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, positional_names, selected_parameters
 from fomoh_fx.signature import Signature, modes_of, signature_of
-from fomoh_fx.specialization import Specialization, owners_of
+from fomoh_fx.specialization import Specialization, outside_modes
 
 Curvature = Literal["hessian", "ggn"]
 
@@ -89,7 +89,7 @@ class HyperDualModule(nn.Module):
         self.second_order, self.curvature = second_order, curvature
         self.wrt = wrt if isinstance(wrt, str) else tuple(wrt)
         self.lowering: lower.Lowering = lower.eager
-        self._specializations: dict[Any, Specialization] = {}
+        self._specializations: dict[Signature, list[Specialization]] = {}
         self._traced: list[Specialization] = []  # the same, for Dynamo, which cannot read the keys
         self._latest: Specialization | None = None
         if self.wrt != "inputs":
@@ -171,11 +171,12 @@ class HyperDualModule(nn.Module):
     def _specialize(self, call: Call, seeds: Seeds, dynamic_shapes: Any = None) -> Specialization:
         signature = signature_of(self.module, self.loss, call, seeds)
         dims = dynamic_dims(call, positional_names(self.model, len(call.args)), dynamic_shapes)
-        found = self._specializations.get(signature) if dims is None else None
+        known = self._specializations.setdefault(signature, [])
+        found = next((s for s in known if s.holds()), None) if dims is None else None
         if found is None:
             serving = (s for s in self._traced if s.dims is not None and s.serves(signature, call.tensors))
-            found = next(serving, None) or self._compile(call, seeds, signature, dims)
-            self._specializations[signature] = found
+            found = next((s for s in serving if s.holds()), None) or self._compile(call, seeds, signature, dims)
+            known.insert(0, found)
         self._latest = found
         return found
 
@@ -198,14 +199,10 @@ class HyperDualModule(nn.Module):
             )
         if dims is not None:
             _refuse_fixed(program, dims)
-        modules = {"": self.module}
-        if isinstance(self.loss, nn.Module):
-            modules["loss"] = self.loss
         specialization = Specialization(
             program,
             compiled,
             components,
-            owners_of(program, modules),
             self.loss is not None,
             replace(seeds, stacks=()),
             signature,
@@ -213,6 +210,7 @@ class HyperDualModule(nn.Module):
             traced_with=[(t.shape, t.dtype, t.device) for t in (*call.tensors, *seeds.stacks)],
             others=list(call.others),
             modes=modes_of(self.module, self.loss),
+            outside=outside_modes(program),
             run=self.lowering(compiled.final, dims is not None),
         )
         self._traced.append(specialization)
@@ -220,10 +218,21 @@ class HyperDualModule(nn.Module):
 
     def train(self, mode: bool = True) -> HyperDualModule:
         """Set the model's own training flags."""
-        super().train(mode)
-        if isinstance(self.model, nn.Module):
-            self.model.train(mode)
+        self.module.train(mode)
         return self
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The model's own flag."""
+        return self.module.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Only the model's own flag counts: ``nn.Module`` sets one when it is made."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy specialises itself anew: graphs belong to the model that they were captured from."""
+        return {**self.__dict__, "_specializations": {}, "_traced": [], "_latest": None}
 
     @property
     def latest(self) -> Specialization:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import traceback
@@ -9,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
@@ -42,20 +42,25 @@ def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dy
         CaptureError: no frontend could record one graph that holds for every input of this signature.
     """
     foreign: list[Tensor] = []
+    outside: list[nn.Module] = []
     for _ in range(3):
-        root = Root(model, loss, call, foreign)
+        root = Root(model, loss, call, foreign, outside)
         program = _first_that_works(root, argument_names, dynamic_shapes)
         assert root.observed.semantics is not None
+        if root.observed.outside:
+            gc.collect()  # a module that the model makes anew at every call is gone by now
+        modules = [module for ref in root.observed.outside if (module := ref()) is not None]
         fresh = [t for t in root.observed.semantics.foreign.values() if not any(t is f for f in foreign)]
-        fresh = [t for t in fresh if not _owned(root, t)]
-        if not fresh:
+        fresh = [t for t in fresh if not any(_owns(module, t) for module in (root, *modules))]
+        if not fresh and not modules:
             return program
-        foreign += fresh  # capture again with the tensors that a closure holds as inputs: their values may change
+        outside += modules  # capture again with what a closure holds as inputs: values may change
+        foreign += fresh
     raise CaptureError("model: makes new tensors with data at every call that it then uses as constants")
 
 
-def _owned(root: Root, tensor: Tensor) -> bool:
-    return any(tensor is t for t in (*root.parameters(), *root.buffers()))
+def _owns(module: nn.Module, tensor: Tensor) -> bool:
+    return any(tensor is t for t in (*module.parameters(), *module.buffers()))
 
 
 def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program:
@@ -69,8 +74,8 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         except Exception as error:
             refused.append(f"{name}: {_reason(error)}")
             continue
-        program.refused = refused
-        _share_tied_parameters(program, root)
+        program.refused, program.outside = refused, tuple(root.outside)
+        _share_tied(program)
         _name_inputs(program)
         return program
     reasons = "\n  ".join(refused)
@@ -93,19 +98,17 @@ def _distinct(root: Root) -> tuple[Tensor, ...]:
     return tuple(distinct)
 
 
-def _share_tied_parameters(program: Program, root: Root) -> None:
-    """One parameter under several names is one input, under its first name: export lists it under each of them."""
-    names = dict(root.named_parameters(remove_duplicate=False))
-    first: dict[Tensor, fx.Node] = {}
+def _share_tied(program: Program) -> None:
+    """One tensor under several names is one input, under its first name: export lists it under each of them."""
+    first: dict[int, fx.Node] = {}
     kept: list[Input] = []
     for node, what in zip(program.placeholders, program.inputs, strict=True):
-        parameter = names.get(what.name if what.name in names else f"model.{what.name}")
-        if what.kind == "parameter" and parameter in first:
-            node.replace_all_uses_with(first[parameter])
-            program.module.graph.erase_node(node)
-            continue
-        if what.kind == "parameter" and parameter is not None:
-            first[parameter] = node
+        if what.module is not None:
+            tied = first.setdefault(id(what.value(())), node)
+            if tied is not node:
+                node.replace_all_uses_with(tied)
+                program.module.graph.erase_node(node)
+                continue
         kept.append(what)
     program.inputs = kept
 
@@ -183,25 +186,21 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
         if spec.kind == InputKind.USER_INPUT:
             index = next(arguments)
             inputs.append(Input("argument", names[index], index))
-        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and target.startswith("foreign_"):
-            inputs.append(Input("constant", target, tensor=root.get_buffer(target)))
-        elif spec.kind == InputKind.PARAMETER:
-            inputs.append(Input("parameter", _model_name(target)))
-        elif spec.kind == InputKind.BUFFER:
-            inputs.append(Input("buffer", _model_name(target)))
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            inputs.append(_state(root, target))
         elif spec.kind == InputKind.CONSTANT_TENSOR:
             inputs.append(Input("constant", target, tensor=exported.constants[target]))
         else:
             raise CaptureError(f"model: an input of kind {spec.kind.name} ({target}) is not supported")
-    outputs, values = [], count()
+    outputs = []
     for spec in exported.graph_signature.output_specs:
         if spec.kind == OutputKind.USER_OUTPUT:
-            outputs.append(Output("value", index=next(values)))
-        elif spec.kind == OutputKind.BUFFER_MUTATION:
-            outputs.append(Output("buffer", _model_name(spec.target or "")))
+            outputs.append(Output("value"))
+        elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION):
+            outputs.append(Output("change", _state(root, spec.target or "")))
         elif spec.kind == OutputKind.USER_INPUT_MUTATION:
-            user_inputs = [s.arg.name for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
-            outputs.append(Output("argument", index=user_inputs.index(spec.target)))
+            listed = [s.arg.name for s in exported.graph_signature.input_specs]
+            outputs.append(Output("change", inputs[listed.index(spec.target or "")]))
         else:
             raise CaptureError(f"model: an output of kind {spec.kind.name} ({spec.target}) is not supported")
     structure = root.observed.structure
@@ -209,9 +208,14 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
     return Program(exported.graph_module, inputs, outputs, structure, "torch.export")
 
 
-def _model_name(target: str) -> str:
-    """The model's own name of what the root calls ``model.name``; a loss's keeps its prefix."""
-    return target.removeprefix("model.")
+def _state(root: Root, target: str) -> Input:
+    """The parameter or buffer that the root calls ``target``: the model's own name for ``model.name``."""
+    if target.startswith("foreign_"):
+        return Input("constant", target, tensor=root.get_buffer(target))
+    parent, _, attribute = target.rpartition(".")
+    module = root.get_submodule(parent)
+    kind = "parameter" if isinstance(getattr(module, attribute), nn.Parameter) else "buffer"
+    return Input(kind, target.removeprefix("model."), module=module, attribute=attribute)
 
 
 def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program:
@@ -235,12 +239,7 @@ def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Prog
             node.replace_all_uses_with(node.args[0])  # how autograd saves a value; the model's own are stop_gradient
         # functionalized after recording: a model that calls torch.autograd.grad cannot run inside functionalize
         module = record(torch.func.functionalize(fx.Interpreter(module).run, remove="mutations"))(*fakes)
-    inputs = [
-        Input("parameter" if isinstance(owned[n], nn.Parameter) else "buffer", _model_name(n))
-        if not n.startswith("foreign_")
-        else Input("constant", n, tensor=root.get_buffer(n))
-        for n in owned
-    ]
+    inputs = [_state(root, name) for name in owned]
     inputs += [Input("argument", name, i) for i, name in enumerate(names)]
     assert root.observed.structure is not None
     outputs = _mutations_as_outputs(module, inputs)
@@ -256,12 +255,12 @@ def _mutations_as_outputs(module: fx.GraphModule, inputs: list[Input]) -> list[O
     for node in module.graph.find_nodes(op="call_function", target=aten.copy_.default):
         what = inputs[placeholders.index(node.args[0])]
         new.append(node.args[1])
-        outputs.append(Output("buffer", what.name) if what.kind == "buffer" else Output("argument", index=what.index))
+        outputs.append(Output("change", what))
         module.graph.erase_node(node)
     values = list(results) if isinstance(results, (list, tuple)) else [results]
     module.graph.output_node().args = ((*new, *values),)
     module.recompile()
-    return outputs + [Output("value", index=i) for i in range(len(values))]
+    return outputs + [Output("value")] * len(values)
 
 
 FRONTENDS: dict[str, Callable[[Root, Sequence[str], Any], Program]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,23 +20,34 @@ from fomoh_fx.passes.provenance import RecordSourceLines
 class Input:
     """One input of the graph.
 
-    ``name`` is the model's own name of a parameter or buffer (``loss.`` before those of a loss that is a module), or
-    the argument's readable name; ``index`` numbers the tensor leaves of the call; ``tensor`` is a captured constant.
+    ``name`` is the model's own name of a parameter or buffer (``loss.`` before those of a loss that is a module,
+    ``outside.`` of a module that a function only refers to), or the argument's readable name; ``module`` and
+    ``attribute`` say where a parameter or buffer lives; ``index`` numbers the tensor leaves of the call; ``tensor`` is a
+    captured constant.
     """
 
     kind: Literal["parameter", "buffer", "argument", "constant"]
     name: str
     index: int = -1
     tensor: Tensor | None = None
+    module: nn.Module | None = None
+    attribute: str = ""
+
+    def value(self, arguments: Sequence[Tensor]) -> Tensor:
+        """The current tensor, among the arguments of a call or where it lives."""
+        if self.kind == "argument":
+            return arguments[self.index]
+        if self.tensor is not None:
+            return self.tensor
+        return getattr(self.module, self.attribute)
 
 
 @dataclass(frozen=True)
 class Output:
-    """One output of the graph: a leaf of the result, or the new value of a buffer or of an argument."""
+    """One output of the graph: a leaf of the result, or the new value of an input that the model changes in place."""
 
-    kind: Literal["value", "buffer", "argument"]
-    name: str = ""
-    index: int = -1
+    kind: Literal["value", "change"]
+    changes: Input | None = None
 
 
 @dataclass
@@ -82,14 +95,23 @@ class Observed:
 
     structure: Structure | None = None
     semantics: ReverseModeSemantics | None = None
+    outside: list[weakref.ref[nn.Module]] = field(default_factory=list)  # modules called that are not the root's own
 
 
 class Root(nn.Module):
     """The model and the loss as one module of tensors: what the frontends trace."""
 
-    def __init__(self, model: Any, loss: Any, call: Call, foreign: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        model: Any,
+        loss: Any,
+        call: Call,
+        foreign: Sequence[Tensor] = (),
+        outside: Sequence[nn.Module] = (),
+    ) -> None:
         super().__init__()
         self.model, self.loss = model, loss
+        self.outside = nn.ModuleList(outside)
         self.call, self.observed = call, Observed()
         self.foreign = list(foreign)
         for i, tensor in enumerate(foreign):
@@ -99,7 +121,7 @@ class Root(nn.Module):
         args, kwargs, targets = self.call.rebuild(tensors)
         known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
         self.observed.semantics = ReverseModeSemantics(known)
-        with self.observed.semantics, RecordSourceLines():
+        with self.observed.semantics, RecordSourceLines(), self._observe_modules():
             output = self.model(*args, **kwargs)
             value = output if self.loss is None else self.loss(output, *targets)
         if self.loss is not None:
@@ -122,6 +144,23 @@ class Root(nn.Module):
         return found
 
 
+    @contextmanager
+    def _observe_modules(self) -> Iterator[None]:
+        """Note modules that run without being part of this one: a function refers to them, or the model hides them."""
+        known = {id(vars(m)) for m in self.modules()}  # a tracer wraps modules in others that share their attributes
+
+        def note(module: nn.Module, args: Any) -> None:
+            if id(vars(module)) not in known:
+                self.observed.outside.append(weakref.ref(module))
+                known.update(id(vars(m)) for m in module.modules())
+
+        handle = nn.modules.module.register_module_forward_pre_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
 def _check_loss(value: Any) -> None:
     if not isinstance(value, Tensor):
         raise ArgumentError(f"loss: must return a scalar tensor, got {type(value).__name__}")
@@ -142,6 +181,7 @@ class Program:
     outputs: list[Output]
     structure: Structure
     frontend: str
+    outside: Sequence[nn.Module] = ()
     refused: list[str] = field(default_factory=list)
 
     @property
