@@ -47,8 +47,11 @@ def _same(node: fx.Node, source: Any) -> bool:
 
 
 def _same_layout(node: fx.Node, source: fx.Node) -> bool:
+    """The same in memory as well: strides, and whether a conjugate or a negative is still to be taken."""
     a, b = value_of(node), value_of(source)
-    return a is not None and b is not None and _same(node, source) and _equal([*a.stride()], [*b.stride()])
+    if a is None or b is None or (a.is_conj(), a.is_neg()) != (b.is_conj(), b.is_neg()):
+        return False
+    return _same(node, source) and _equal([*a.stride()], [*b.stride()])
 
 
 def _is_contiguous(node: fx.Node) -> bool:

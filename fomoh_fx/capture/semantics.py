@@ -7,6 +7,7 @@ while the model runs under a frontend and records those facts as the operators o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -79,6 +80,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         super().__init__()
         self.known = known
         self.foreign: dict[int, Tensor] = {}
+        self._stopped_views: dict[int, tuple[Tensor, Tensor]] = {}  # by id: x.detach() or x.data, and x
         self._patches = ExitStack()
 
     def __enter__(self) -> ReverseModeSemantics:
@@ -97,7 +99,13 @@ class ReverseModeSemantics(TorchFunctionMode):
                 return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(Tensor, self._own, (args, kwargs))
         if func in _STOPS or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
-            return ops.stop_gradient.default(args[0])
+            stopped = ops.stop_gradient.default(args[0])
+            self._stopped_views[id(stopped)] = (stopped, args[0])
+            return stopped
+        if func in _RENORMALISE and (bound := _bound(func, args, kwargs)).arguments["max_norm"] is not None:
+            return self._renormalised(func, bound)
+        if _mutates(func) and args and id(args[0]) in self._stopped_views:
+            return self._mutate_source(func, args, kwargs)
         if func is torch.Tensor.detach_:
             return args[0].copy_(ops.stop_gradient.default(args[0]))
         if torch.is_grad_enabled() or not _computes(func):
@@ -121,6 +129,35 @@ class ReverseModeSemantics(TorchFunctionMode):
         out = func(*args, **kwargs)
         target.copy_(ops.with_value.default(before, target))
         return target if isinstance(out, Tensor) else out
+
+    def _mutate_source(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """In place on x.detach() or x.data, which share memory with x: x keeps its derivative and has the new value."""
+        target, source = self._stopped_views[id(args[0])]
+        out = func(*args, **kwargs)
+        with torch.no_grad():
+            source.copy_(ops.with_value.default(source.clone(), target))
+        return out
+
+    @staticmethod
+    def _renormalised(func: Any, bound: inspect.BoundArguments) -> Any:
+        """An embedding with max_norm first changes the rows that it uses in its weight, without derivative."""
+        given = bound.arguments
+        weight = given["weight"]
+        value = ops.stop_gradient.default(weight)
+        torch.embedding_renorm_(value, given["input"].contiguous(), given["max_norm"], given["norm_type"])
+        with torch.no_grad():
+            weight.copy_(ops.with_value.default(weight.clone(), value))
+        given["max_norm"] = None
+        return func(*bound.args, **bound.kwargs)
+
+
+_RENORMALISE = {torch.nn.functional.embedding, torch.nn.functional.embedding_bag}
+
+
+def _bound(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound
 
 
 def _computes(func: Any) -> bool:

@@ -118,9 +118,13 @@ def _viewed(op: Any, part: Tensor, *_: Any) -> Tensor:
 
 
 #: Operators that take a complex value apart or put it together, linear over the reals.
-PARTS = [aten.view_as_real.default, aten._conj.default, aten._conj_physical.default, aten._neg_view.default]
+PARTS = [aten.view_as_real.default, aten._conj_physical.default]
 
 register(PARTS, linear(lambda op, part, *_: op(part)))
+register(
+    aten._conj.default, linear(lambda op, part, *_: aten._conj_physical.default(part))
+)  # no lazy views of components
+register(aten._neg_view.default, linear(lambda op, part, *_: -part))
 register(aten.view_as_complex.default, linear(_viewed))
 register([aten._fft_r2c.default, aten._fft_c2r.default, aten._fft_c2c.default], linear(_fourier))
 register(aten.complex.default, jointly(_complex))

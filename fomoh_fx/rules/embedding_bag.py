@@ -1,6 +1,7 @@
 """Bags of embeddings: y[b] is the sum, the mean or the maximum of the rows w[i] over the indices i of bag b.
 
-A sum may weigh its rows, y[b] = sum_n p[n] w[i[n]], and is bilinear then. Indices equal to ``padding_idx`` are left out.
+A sum may weigh its rows, y[b] = sum_n p[n] w[i[n]], and is bilinear then. Indices equal to ``padding_idx`` are left
+out.
 """
 
 from __future__ import annotations

@@ -151,10 +151,10 @@ def _nansum(part: Tensor, y: Tensor, x: Tensor, dim: Any, keepdim: bool, dtype: 
 
 #: Operators that move what they are given and map a stack in one node under vmap.
 MOVES = [
-    aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.slice.Tensor, aten.select.int, aten.diagonal.default, aten.unfold.default,
-    aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_split.Tensor,
-    aten.unbind.int, aten.flip.default, aten.roll.default, aten.rot90.default, aten.tril.default, aten.triu.default,
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.slice.Tensor, aten.select.int, aten.diagonal.default, aten.unfold.default,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_split.Tensor, aten.unbind.int,
+    aten.flip.default, aten.roll.default, aten.rot90.default, aten.tril.default, aten.triu.default,
     aten.diag_embed.default, aten.trace.default,
 ]  # fmt: skip
 
@@ -163,12 +163,14 @@ SUMS = [aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim
 
 #: Operators that give each element another place in the same order. A component need not have the primal's layout.
 RESHAPES = [
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.default, aten._reshape_alias.default,
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.default,
+    aten._reshape_alias.default,
 ]  # fmt: skip
 
 #: Copies: a component is never changed in place, so it needs none.
 COPIES = [
-    aten.clone.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten._to_copy.default,
+    aten.clone.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default,
+    aten._to_copy.default,
 ]  # fmt: skip
 
 for op in [*MOVES, *SUMS]:

@@ -31,13 +31,15 @@ DRAWS = [
     aten.rand_like.default, aten.randn_like.default, aten.randint_like.default, aten.randint_like.low_dtype,
     aten.bernoulli.default, aten.bernoulli.p, aten.bernoulli.Tensor, aten.multinomial.default, aten.poisson.default,
     aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor, aten.normal_functional.default,
-    aten.uniform.default, aten.exponential.default, aten.geometric.default, aten.cauchy.default, aten.log_normal.default,
+    aten.uniform.default, aten.exponential.default, aten.geometric.default, aten.cauchy.default,
+    aten.log_normal.default,
 ]  # fmt: skip
 
 #: Piecewise constant values, comparisons, and results that are no floating-point numbers.
 STEPS = [
-    aten.sign.default, aten.round.default, aten.round.decimals, aten.floor.default, aten.ceil.default, aten.trunc.default,
-    aten.heaviside.default, aten.floor_divide.default, aten.floor_divide.Scalar, aten.signbit.default,
+    aten.sign.default, aten.round.default, aten.round.decimals, aten.floor.default, aten.ceil.default,
+    aten.trunc.default, aten.heaviside.default, aten.floor_divide.default, aten.floor_divide.Scalar,
+    aten.signbit.default,
     aten.eq.Tensor, aten.eq.Scalar, aten.ne.Tensor, aten.ne.Scalar, aten.lt.Tensor, aten.lt.Scalar,
     aten.le.Tensor, aten.le.Scalar, aten.gt.Tensor, aten.gt.Scalar, aten.ge.Tensor, aten.ge.Scalar,
     aten.isnan.default, aten.isinf.default, aten.isposinf.default, aten.isneginf.default,

@@ -65,7 +65,7 @@ register(aten.constant_pad_nd.default, mapped(lambda part, y, x, pad, value: ate
 
 
 def _coordinate(c: Tensor, size: int, padding: int, align_corners: bool) -> Tensor:
-    """A coordinate from [-1, 1] in pixels, brought back inside as the padding mode says (0 zeros, 1 border, 2 reflection)."""
+    """A coordinate from [-1, 1] in pixels, brought inside by the padding mode (0 zeros, 1 border, 2 reflection)."""
     c = (c + 1) * ((size - 1) / 2) if align_corners else (c + 1) * (size / 2) - 0.5
     low, span = (0.0, size - 1.0) if align_corners else (-0.5, float(size))
     if padding == 2 and span > 0:
@@ -73,13 +73,11 @@ def _coordinate(c: Tensor, size: int, padding: int, align_corners: bool) -> Tens
         rest = aten.fmod.Scalar(distance, span)
         odd = (distance / span).floor() % 2 == 1
         c = torch.where(odd, span - rest, rest) + low
-    return (
-        c if padding == 0 else aten.hardtanh.default(c, 0, size - 1)
-    )  # like PyTorch, no derivative at the border itself
+    return c if padding == 0 else aten.hardtanh.default(c, 0, size - 1)  # at the border itself no derivative
 
 
 def _grid_sampler(x: Tensor, grid: Tensor, mode: int, padding: int, align_corners: bool) -> Tensor:
-    """y = sum over the corners around each point of (product of distances) * (value there), for 0 bilinear, 1 nearest."""
+    """The sum over the corners around each point of value times distances (mode 0), or the nearest value (mode 1)."""
     n, channels, *sizes = x.shape
     points = grid.shape[1:-1]
     coordinates = [

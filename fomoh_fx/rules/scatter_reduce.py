@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, add
 from fomoh_fx.rules.indexing import scattered
 from fomoh_fx.rules.registry import Composite, register
@@ -101,9 +100,14 @@ def _extreme(members: Members, components: Components, y: Tensor, x: HyperDual, 
 def _product(members: Members, components: Components, y: Tensor, x: HyperDual, source: HyperDual) -> HyperDual:
     """The product rule without division by zero.
 
-    With P the product of a place's members that are not zero, a = sum x_m / m over those and b = sum x_m over the
-    members m that are zero: y' = P a for no zero, P b for one, 0 for more; y'' = P (a_i a_j - sum (x_m,i / m)(x_m,j / m)),
-    P (a_i b_j + a_j b_i), P (b_i b_j - sum x_m,i x_m,j) and 0 for none, one, two, and more zeros.
+    With P the product of a place's members m that are not zero, a_i = sum m_i / m over those, and b_i = sum m_i over
+    the members that are zero::
+
+        zeros   first order   second order
+        0       P a_i         P (a_i a_j - sum (m_i / m)(m_j / m))
+        1       P b_i         P (a_i b_j + a_j b_i)
+        2       0             P (b_i b_j - sum m_i m_j)
+        more    0             0
     """
     zero = [members.x == 0, members.source == 0]
     inverse = [1 / v.masked_fill(z, 1) for v, z in zip((members.x, members.source), zero, strict=True)]
@@ -163,7 +167,8 @@ def _index_reduce(
 ) -> Tensor:
     """index_reduce is scatter_reduce at an index that is the same along the other dimensions."""
     if x.ndim == 0:
-        raise UnsupportedOpError("index_reduce of a tensor without dimensions: use scatter_reduce")
+        lifted = x[None], 0, index.reshape(-1), source.reshape(-1)
+        return _index_reduce(*lifted, reduce, include_self=include_self).squeeze(0)
     where = index.reshape([-1 if d == dim % x.ndim else 1 for d in range(x.ndim)]).expand(source.shape)
     return aten.scatter_reduce.two(x, dim, where, source, reduce, include_self=include_self)
 

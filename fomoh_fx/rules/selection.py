@@ -46,7 +46,7 @@ def selection(select: Callable[..., Tensor]) -> Rule:
 
 
 def _along(dim: int, keepdim: int | None = None) -> Callable[..., Tensor]:
-    """Gather along the dimension that stands at ``dim`` of the arguments; one element of it, unless ``keepdim`` is None."""
+    """Gather along the dimension at position ``dim`` of the arguments: one element, many where ``keepdim`` is None."""
 
     def select(part: Tensor, values: Tensor, indices: Tensor, x: Tensor, *args: Any) -> Tensor:
         d = args[dim - 1]

@@ -22,7 +22,7 @@ def align(stacked: Tensor, primal: Tensor, ndim: int) -> Tensor:
 def batched(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], stacks: Mapping[int | str, Any]
 ) -> Any:
-    """``function(*args, **kwargs)`` over the leading axis of the stacks, which replace arguments by position or name."""
+    """``function(*args, **kwargs)`` over the leading axis of stacks, which replace arguments by position or name."""
 
     def one(*slices: Any) -> Any:
         at = dict(zip(stacks, slices, strict=True))

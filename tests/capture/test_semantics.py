@@ -194,3 +194,39 @@ def test_tensors_of_a_closure_are_read_at_every_call(x):
         scale.mul_(3)
     torch.testing.assert_close(hd(x, tangents=directions).primal, f(x).detach())
     assert_like_reverse_mode(f, x)
+
+
+def test_in_place_on_a_detached_tensor_changes_the_value_of_its_source(x):
+    def f(x):
+        y = x * 2
+        y.data.mul_(3)
+        y.detach()[0] = 1.0
+        z = y.detach()
+        z += 1
+        return y.sin().sum() + (z * x).sum()
+
+    def reference(x):
+        y = x * 2
+        value = (y * 3).detach().index_fill(0, torch.tensor(0), 1.0) + 1
+        y = y + (value - y).detach()
+        return y.sin().sum() + (value * x).sum()
+
+    assert_like_reverse_mode(f, x, reference=reference)
+
+
+@pytest.mark.parametrize("bags", [False, True])
+def test_an_embedding_with_max_norm_renormalises_the_value_of_its_weight(x, bags):
+    indices = torch.tensor([[0, 1], [1, 0]])
+    embed = nn.functional.embedding_bag if bags else nn.functional.embedding
+
+    def f(weight):
+        return embed(indices, weight * 2, max_norm=0.7).sin().sum()
+
+    def reference(weight):
+        weight = weight * 2
+        value = weight.detach().clone()
+        torch.embedding_renorm_(value, indices, 0.7, 2.0)
+        rows = (weight + (value - weight).detach())[indices]
+        return (rows.mean(1) if bags else rows).sin().sum()
+
+    assert_like_reverse_mode(f, x, reference=reference)

@@ -130,7 +130,8 @@ REDUCTIONS = {
     aten.index_reduce.default: [
         Sample((r(3, 2), 0, TWICE, r(3, 2), how), {"include_self": own}, truth="difference", name=how)
         for how, own in (("prod", True), ("mean", False), ("amax", True), ("amin", False))
-    ],
+    ]
+    + [Sample((r(), 0, torch.tensor(0), r(), "prod"), truth="difference", name="scalar")],
 }
 
 INDICES, OFFSETS = n(0, 3, 3, 1, 2), n(0, 2, 2)  # a repeated row, and an empty bag

@@ -1,10 +1,13 @@
 """Linear rules: moves, sums, joins, padding, pooling and interpolation."""
 
+import operator
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.hyperdual import Components, HyperDual
+from fomoh_fx.passes.retrace import retrace
 from fomoh_fx.rules.registry import RULES
 from tests.rules.checking import Sample, check
 
@@ -209,3 +212,48 @@ def test_components_keep_the_dtype(dtype):
         )
         out = RULES[op](op, Components(1, "plane"), *dual)
         assert (out.primal.dtype, out.tangent.dtype, out.cross.dtype) == (dtype,) * 3, op
+
+
+VIEWS = {
+    aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dims,
+    aten.squeeze.dim, aten.permute.default, aten.transpose.int, aten.diagonal.default,
+}  # fmt: skip
+
+#: Operators that need a mask, positions, or more: their rules are not one node.
+WITH_FACTORS = {aten.as_strided.default, aten.nansum.default, aten.lerp.Tensor}
+
+
+def _is_float(leaf):
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def _tensors(sample):
+    return [t for t in pytree.tree_leaves((sample.args, sample.kwargs)) if _is_float(t)]
+
+
+@pytest.mark.parametrize("op", [*MOVES, *SUMS, *JOINS, *PADS, *POOLS, *_upsamples()], ids=str)
+def test_one_node_for_each_component(op):
+    """Besides views: the operator on the primal once, and once on each order's stack, for any K."""
+    if op not in RULES or op in WITH_FACTORS:
+        return
+    sample = next((s for s in SAMPLES[op] if all(t.is_contiguous() for t in _tensors(s))), None)
+    if sample is None:
+        return
+    for directions in (1, 3):
+        leaves, spec = pytree.tree_flatten((sample.args, sample.kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        stacks = [t.expand(directions, *t.shape).contiguous() for t in _tensors(sample)]
+
+        def expansion(*inputs, leaves=leaves, spec=spec, tensors=tensors, directions=directions):
+            values, parts = iter(inputs[: len(tensors)]), iter(inputs[len(tensors) :])
+            filled = [next(values) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            duals = [HyperDual(t, next(parts)) if _is_float(t) else t for t in filled]
+            args, kwargs = pytree.tree_unflatten(duals, spec)
+            out = RULES[op](op, Components(directions, "plane"), *args, **kwargs)
+            return [h.tangent for h in pytree.tree_leaves(out, is_leaf=lambda h: isinstance(h, HyperDual))]
+
+        graph = retrace(expansion, [*tensors, *stacks]).graph
+        graph.eliminate_dead_code()
+        targets = [n.target for n in graph.nodes if n.op == "call_function" and n.target not in VIEWS]
+        targets = [t for t in targets if t is not operator.getitem]
+        assert len(targets) <= 1, targets
