@@ -26,6 +26,9 @@ SHAPES = [
     aten.new_empty_strided.default, aten.zero.default, aten.fill.Scalar,
 ]  # fmt: skip
 
+#: Questions about a shape.
+SIZES = [aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default]
+
 #: Random values; the distribution's parameters have no derivative, as in reverse mode.
 DRAWS = [
     aten.rand_like.default, aten.randn_like.default, aten.randint_like.default, aten.randint_like.low_dtype,
@@ -53,7 +56,7 @@ STEPS = [
 #: Stops: the value without its derivative.
 STOPS = [torch.ops.fomoh_fx.stop_gradient.default, aten.detach.default]
 
-for op in [*SHAPES, *DRAWS, *STEPS, *STOPS]:
+for op in [*SHAPES, *SIZES, *DRAWS, *STEPS, *STOPS]:
     register(op, constant(), "constant")
 
 
