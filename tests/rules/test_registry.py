@@ -212,7 +212,7 @@ def test_operator_with_a_backward_is_served():
 # Misuse.
 
 
-@pytest.mark.parametrize("op", ["aten::tanh", torch.tanh, None, 3, ["aten::tanh"]], ids=repr)
+@pytest.mark.parametrize("op", ["aten::tanh", torch.tanh, None, 3, ["aten::tanh"]], ids=["string", "function", "None", "number", "list"])
 def test_not_an_operator(op):
     with pytest.raises(ArgumentError, match="^op: "):
         fomoh_fx.register_rule(op, linear())
