@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import (
@@ -28,9 +29,7 @@ from torch.utils import _pytree as pytree
 
 def is_composite_implicit(op: Any) -> bool:
     """Whether PyTorch itself defines the operator by other operators."""
-    return isinstance(op, OpOverload) and op.has_kernel_for_dispatch_key(
-        torch._C.DispatchKey.CompositeImplicitAutograd
-    )
+    return isinstance(op, OpOverload) and op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 class _RecordWhole(TorchFunctionMode):
@@ -71,7 +70,10 @@ def retrace(
     """The graph of ``function(*inputs)`` on fake tensors, under no_grad; a caller's autocast changes nothing."""
     fake_mode = detect_fake_mode(inputs)
     trace = make_fx(function, decompositions, tracing_mode="real", _allow_non_fake_inputs=True)
-    with fake_mode or nullcontext(), torch.no_grad(), without_autocast(), _RecordWhole():
+    symbolic = any(isinstance(n, torch.SymInt) for x in inputs if isinstance(x, Tensor) for n in x.shape)
+    # without Python's own kernels, PyTorch's fix a dynamic dimension to its example
+    dispatcher = enable_python_dispatcher() if symbolic else nullcontext()
+    with fake_mode or nullcontext(), torch.no_grad(), without_autocast(), dispatcher, _RecordWhole():
         return trace(*inputs)
 
 

@@ -232,7 +232,7 @@ def _select_scatter(parts: list[Part], y: Tensor, x: Tensor, source: Tensor, dim
     part, values = parts
     dim, size = axis(dim, x), x.shape[dim]
     if values is None:
-        place = torch.full((1,), index % size, dtype=torch.int64, device=x.device)
+        place = torch.arange(size, device=x.device).select(0, index).reshape(1)
         return aten.index_fill.int_Scalar(part, dim, place, 0.0)
     if part is None:
         return padded(values.unsqueeze(dim), dim, index % size, size - 1 - index % size)

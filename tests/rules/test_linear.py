@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+import fomoh_fx
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.passes.retrace import retrace
 from fomoh_fx.rules.registry import RULES
+from tests.oracle import relative_error, reverse_over_reverse
 from tests.rules.checking import Sample, check
 
 aten = torch.ops.aten
@@ -257,3 +259,40 @@ def test_one_node_for_each_component(op):
         targets = [n.target for n in graph.nodes if n.op == "call_function" and n.target not in VIEWS]
         targets = [t for t in targets if t is not operator.getitem]
         assert len(targets) <= 1, targets
+
+
+def _written(x):
+    y = torch.zeros_like(x)
+    y[0] = x[-1] ** 2
+    y[:, :, 1:3] = x[:, :, :2]
+    y[-1] = 3.0
+    return y
+
+
+DYNAMIC = {
+    "padding": lambda x: torch.nn.functional.pad(x, (1, 1, 1, 1), mode="circular"),
+    "interpolation": lambda x: torch.nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear"),
+    "pooling": lambda x: torch.nn.functional.max_pool2d(x, 2) - torch.nn.functional.avg_pool2d(x, 2),
+    "joins": lambda x: torch.cat([torch.cat([x.detach(), x]), torch.lerp(x, x * 2, x)]),
+    "writes": _written,
+    "patches": lambda x: torch.nn.functional.unfold(x, 2),
+    "spectrum": lambda x: torch.fft.rfft(x).abs(),
+}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_a_dynamic_batch(name):
+    """One specialisation serves every batch size: no rule fixes it to its example."""
+
+    def function(x):
+        y = DYNAMIC[name](x)
+        return (y**2).sum() + y.sin().sum()
+
+    hd = fomoh_fx.transform(function, wrt="inputs")
+    batch = {"x": {0: torch.export.Dim("batch", min=2, max=64)}}
+    hd.trace(r(3, 1, 4, 4), tangents=(r(2, 3, 1, 4, 4),), dynamic_shapes=batch)
+    x, v = r(5, 1, 4, 4), r(2, 5, 1, 4, 4)
+    out = hd(x, tangents=(v,))
+    y, tangents, crosses = reverse_over_reverse(function, [x], [v])
+    assert relative_error(out.tangent, tangents) < 1e-12
+    assert relative_error(out.hessian(), crosses) < 1e-12
