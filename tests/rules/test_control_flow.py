@@ -247,9 +247,8 @@ def test_bodies_that_run_once_are_inlined():
     for op in (higher_order.wrap, higher_order.tag_activation_checkpoint):
         assert torch.equal(COMPOSITES[op](torch.sin, x), x.sin())
     assert torch.equal(COMPOSITES[higher_order.invoke_subgraph](torch.sin, "name", x), x.sin())
-    y = COMPOSITES[higher_order.wrap_with_autocast](
-        "cpu", torch.bfloat16, True, None, torch.mm, r(2, 2), r(2, 2).float()
-    )
+    single = r(2, 2).float()
+    y = COMPOSITES[higher_order.wrap_with_autocast]("cpu", torch.bfloat16, True, None, torch.mm, single, single)
     assert y.dtype == torch.bfloat16
 
 
