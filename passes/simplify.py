@@ -9,7 +9,7 @@ own where it was.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,29 @@ def reshaped(node: fx.Node) -> fx.Node | None:
             node.update_arg(0, source)
         source = source.args[0] if source.target in _KEEPS_ORDER else None
     return None
+
+
+def copied_for_a_view(node: fx.Node) -> None:
+    """view(contiguous copy of x) is one reshape of x, where no view of x has the shape, so that it copies as well."""
+    copy = node.args[0]
+    if not isinstance(copy, fx.Node) or copy.target is not aten.clone.default or len(copy.users) > 1:
+        return
+    source = value_of(copy.args[0])
+    if source is None or copy.kwargs.get("memory_format") is not torch.contiguous_format:
+        return
+    if not _has_view(source, node.meta["val"].shape):
+        node.target, node.args = aten.reshape.default, (copy.args[0], node.args[1])
+
+
+def _has_view(value: Tensor, shape: Sequence[int]) -> bool:
+    """Whether the shape is one of the same memory; assumed of sizes that are not known."""
+    if not all(isinstance(n, int) for n in (*value.shape, *value.stride(), *shape)):
+        return True
+    try:
+        value.view(shape)
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def permuted(node: fx.Node) -> fx.Node | None:
@@ -259,6 +282,7 @@ _FACTORS = (aten.mul.Tensor, aten.mul.Scalar)
 
 REWRITES: dict[Any, tuple[Rewrite, ...]] = {
     **dict.fromkeys(_KEEPS_ORDER, (reshaped,)),
+    **dict.fromkeys(_VIEWS, (reshaped, copied_for_a_view)),
     **dict.fromkeys(_PERMUTES, (permuted,)),
     aten.expand.default: (expanded,),
     aten.slice.Tensor: (unchanged,),

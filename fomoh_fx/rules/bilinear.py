@@ -114,19 +114,32 @@ def _mm(op: Any, components: Components, x: Any, w: Any) -> HyperDual:
 
 
 def _bmm(op: Any, components: Components, x: Any, w: Any) -> HyperDual:
+    """B products [N, D] @ [D, M]: components of x are more rows of each, components of w more columns."""
+    plain = primals((x, w), {})[0]
+    b, n, d = plain[0].shape
+    m = plain[1].shape[2]
+
+    def rows(x: Tensor) -> Tensor:
+        return x.movedim(0, 1).reshape(b, x.shape[0] * n, d)
+
+    def columns(w: Tensor) -> Tensor:
+        return w.permute(1, 2, 0, 3).reshape(b, d, w.shape[0] * m)
+
+    def left(x: Tensor, w: Tensor) -> Tensor:
+        return aten.bmm(rows(x), w).reshape(b, x.shape[0], n, m).movedim(1, 0)
+
+    def right(x: Tensor, w: Tensor) -> Tensor:
+        return aten.bmm(x, columns(w)).reshape(b, n, w.shape[0], m).movedim(2, 0)
+
     def pairs(components: Components, x: Tensor, w: Tensor) -> Tensor:
-        """[K, B, N, D] and [K, B, D, M]: the rows of all x_i against the columns of all w_j, in each of B products."""
-        k, b, n, d = x.shape
-        m = w.shape[-1]
+        k = components.directions
         if components.second_order == "trace":
             return aten.bmm(x.permute(1, 2, 0, 3).reshape(b, n, k * d), w.movedim(0, 1).reshape(b, k * d, m))[None] * 2
         if not components.spans_pairs:
             return aten.matmul(x, w) * 2
-        table = aten.bmm(x.movedim(0, 1).reshape(b, k * n, d), w.permute(1, 2, 0, 3).reshape(b, d, k * m))
-        return components.gather(table.reshape(b, k, n, k, m), 1, 3)
+        return components.gather(aten.bmm(rows(x), columns(w)).reshape(b, k, n, k, m), 1, 3)
 
-    forms = Forms(left=aten.matmul, right=aten.matmul, pairs=pairs)
-    return expand(forms, components, op(*primals((x, w), {})[0]), x, w)
+    return expand(Forms(left, right, pairs), components, op(*plain), x, w)
 
 
 def _linear(op: Any, components: Components, x: Any, w: Any, b: Any = None) -> HyperDual:

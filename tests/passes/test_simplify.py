@@ -50,6 +50,7 @@ VIEWS = {
     "cat of one": (lambda x: aten.cat([x], 1) + x, ["add.Tensor"]),
     "copy": (lambda x: aten.clone(x) + x, ["add.Tensor"]),
     "contiguous copy": (lambda x: aten.clone(x, memory_format=torch.contiguous_format) + x, ["add.Tensor"]),
+    "copy for a view": (lambda x: x.transpose(0, 1).reshape(3, 8), ["transpose.int", "reshape.default"]),
     "repeat once": (lambda x: aten.repeat(x, [1, 1, 1]) + x, ["add.Tensor"]),
     "conversion to the own dtype": (lambda x: aten._to_copy(x, dtype=torch.float32) + x, ["add.Tensor"]),
     "conversion and back": (lambda x: x.double().float() + x, ["add.Tensor"]),
@@ -57,6 +58,8 @@ VIEWS = {
     "sum over one": (lambda x: aten.sum(x[:, :1], [1], True) + x, ["slice.Tensor", "add.Tensor"]),
 }
 KEPT = {
+    "view of a copy of what has such a view": lambda x: aten.view(x[:, :2].contiguous(), [2, 4, 2]),
+    "two views of one copy": lambda x: (c := x.transpose(0, 1).contiguous()).view(3, 8) @ c.view(8, 3),
     "view of a transposed view": lambda x: aten.view(aten.view(x.transpose(0, 1), [3, 2, 2, 2]), [3, 2, 4, 1]),
     "half a slice": lambda x: aten.slice(x, 1, 0, 2),
     "conversion to less and back": lambda x: x.half().float(),
@@ -88,6 +91,8 @@ ARITHMETIC = {
     ),
 }
 ARITHMETIC_KEPT = {
+    "view of a copy of what has such a view": lambda x: aten.view(x[:, :2].contiguous(), [2, 4, 2]),
+    "two views of one copy": lambda x: (c := x.transpose(0, 1).contiguous()).view(3, 8) @ c.view(8, 3),
     "one by": lambda x: aten.reciprocal(x) * 2,
     "zero minus": lambda x: torch.zeros_like(x) - x,
     "times one in another shape": lambda x: (x[:, :1] * torch.ones_like(x)).sin(),
