@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Problem:
     """A model in float64 with the arguments of one call.
 
     ``wrt`` is what carries tangents; ``active`` numbers the positional arguments for ``wrt="inputs"``. ``tolerance``
-    is norm-wise; ``truth`` is ``"reverse"`` or ``"difference"``.
+    is norm-wise; ``truth`` is ``"reverse"`` or ``"difference"``, by differences of ``step``.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Problem:
     active: Sequence[int] = (0,)
     truth: str = "reverse"
     tolerance: float = 1e-8
+    step: float = 1e-4
 
     def directions(self, count: int) -> Any:
         """Random tangents for everything that ``wrt`` selects."""
@@ -87,7 +89,7 @@ def truth_of(problem: Problem, tangents: Any) -> tuple[Tensor, Tensor, Tensor, n
             output = torch.func.functional_call(model, at, problem.args, problem.kwargs)
         return problem.loss(output, *problem.targets)
 
-    oracle = reverse_over_reverse if problem.truth == "reverse" else finite_differences
+    oracle = reverse_over_reverse if problem.truth == "reverse" else partial(finite_differences, step=problem.step)
     points = [_real(p.detach()) for p in points]
     return (*oracle(function, points, [_real(s) for s in stacks]), model)
 

@@ -72,7 +72,7 @@ class Case:
         model = getattr(transformers, self.model)(config).double().train(self.train)
         for parameter in model.parameters():  # away from zero biases and unit scales
             parameter.data += 0.05 * torch.randn_like(parameter)
-        return Problem(model, (), self.inputs(), loss, truth=self.truth, tolerance=TOLERANCES[self.truth])
+        return Problem(model, (), self.inputs(), loss, truth=self.truth, tolerance=TOLERANCES[self.truth], step=3e-5)
 
 
 def tokens() -> dict[str, Any]:
