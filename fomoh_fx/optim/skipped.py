@@ -36,8 +36,7 @@ class SkippedSteps:
     @property
     def total(self) -> int:
         """The number of skipped steps; waits for the device."""
-        total = self._restored + (0 if self._count is None else int(self._count))
-        return total
+        return self._restored + (0 if self._count is None else int(self._count))
 
     def restore(self, total: int) -> None:
         """Go on counting from ``total``."""
