@@ -39,9 +39,7 @@ class _Argument:
     def tangents(self, flat: Tensor) -> tuple[Any, ...]:
         """Rows of a matrix ``[K, n]`` as tangents of the argument, None for the other arguments."""
         parts = flat.split([leaf.numel() for leaf in self.leaves], dim=1)
-        stacks = [
-            part.to(leaf.dtype).reshape(-1, *leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)
-        ]
+        stacks = [part.to(leaf.dtype).reshape(-1, *leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)]
         tree = pytree.tree_unflatten(stacks, self.spec)
         return tuple(tree if i == self.at else None for i in range(self.others))
 

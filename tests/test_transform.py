@@ -43,7 +43,9 @@ def directions(model: nn.Module, k: int = 2, only: tuple[str, ...] = ()) -> dict
     return {n: torch.randn(k, *p.shape, dtype=p.dtype) for n, p in model.named_parameters() if not only or n in only}
 
 
-def truth(model: nn.Module, loss: Any, x: Any, tangents: dict[str, Tensor], *targets: Any) -> tuple[Tensor, Tensor, Tensor]:
+def truth(
+    model: nn.Module, loss: Any, x: Any, tangents: dict[str, Tensor], *targets: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """Reverse-over-reverse in the named parameters."""
     named = dict(model.named_parameters(remove_duplicate=False))
 
@@ -85,7 +87,9 @@ def test_output_without_loss(net: Net, second_order: Any) -> None:
     x, tangents = r(2, 3), directions(net, 3)
     out = transform(net, second_order=second_order)(x, tangents=tangents)
     value, slopes, crosses = truth(net, None, x, tangents)
-    assert close(out.primal, value) and close(out.tangent, slopes) and close(out.cross, listed(crosses, 3, second_order))
+    assert (
+        close(out.primal, value) and close(out.tangent, slopes) and close(out.cross, listed(crosses, 3, second_order))
+    )
     assert out.output is None
 
 
@@ -96,7 +100,9 @@ def test_properties_of_the_result(net: Net) -> None:
     a, b = plane(x, tangents=one), plane(x, tangents=two)
     assert a.real is a.primal and torch.equal(a.eps1, a.tangent[0]) and torch.equal(a.eps2, a.tangent[0])
     assert torch.equal(a.eps1eps2, a.cross[0]) and torch.equal(a.hessian(), a.cross.reshape(1, 1))
-    assert torch.equal(b.eps1, b.tangent[0]) and torch.equal(b.eps2, b.tangent[1]) and torch.equal(b.eps1eps2, b.cross[1])
+    assert (
+        torch.equal(b.eps1, b.tangent[0]) and torch.equal(b.eps2, b.tangent[1]) and torch.equal(b.eps1eps2, b.cross[1])
+    )
     assert torch.equal(b.hessian(), b.cross[torch.tensor([[0, 1], [1, 2]])])
     three = plane(x, tangents=directions(net, 3))
     assert three.hessian().shape == (3, 3) and torch.equal(three.hessian(), three.hessian().T)
@@ -130,7 +136,9 @@ def test_gauss_newton(net: Net, loss: Any, second_order: Any) -> None:
 
 
 def test_gauss_newton_of_first_order_only(net: Net) -> None:
-    out = transform(net, F.mse_loss, curvature="ggn", second_order=None)(r(5, 3), tangents=directions(net), targets=(r(5, 2),))
+    out = transform(net, F.mse_loss, curvature="ggn", second_order=None)(
+        r(5, 3), tangents=directions(net), targets=(r(5, 2),)
+    )
     assert out.cross is None and out.tangent.shape == (2,)
 
 

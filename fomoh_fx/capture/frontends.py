@@ -45,25 +45,37 @@ def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dy
     outside: list[nn.Module] = []
     for _ in range(3):
         root = Root(model, loss, call, foreign, outside)
-        program = _first_that_works(root, argument_names, dynamic_shapes)
-        assert root.observed.semantics is not None
-        if root.observed.outside:
-            gc.collect()  # a module that the model makes anew at every call is gone by now
-        modules = [module for ref in root.observed.outside if (module := ref()) is not None]
-        fresh = [t for t in root.observed.semantics.foreign.values() if not any(t is f for f in foreign)]
-        fresh = [t for t in fresh if not any(_owns(module, t) for module in (root, *modules))]
-        if not fresh and not modules:
-            return program
-        outside += modules  # capture again with what a closure holds as inputs: values may change
-        foreign += fresh
+        outcome = _first_that_works(root, argument_names, dynamic_shapes)
+        with torch.no_grad():
+            for tensor, before in root.observed.before:
+                tensor.copy_(before)
+        tensors, modules = _unknown(root)
+        if not tensors and not modules:
+            if isinstance(outcome, CaptureError):
+                raise outcome
+            return outcome
+        foreign += tensors  # capture again with what a closure holds as inputs: its values may change
+        outside += modules
     raise CaptureError("model: makes new tensors with data at every call that it then uses as constants")
+
+
+def _unknown(root: Root) -> tuple[list[Tensor], list[nn.Module]]:
+    """The tensors and modules that the model used in its last run without owning them, and that outlive the run."""
+    if root.observed.semantics is None:
+        return [], []
+    if root.observed.outside:
+        gc.collect()  # a module that the model makes anew at every call is gone by now
+    modules = [module for ref in root.observed.outside if (module := ref()) is not None]
+    tensors = root.observed.semantics.foreign.values()
+    return [t for t in tensors if not any(_owns(module, t) for module in (root, *modules))], modules
 
 
 def _owns(module: nn.Module, tensor: Tensor) -> bool:
     return any(tensor is t for t in (*module.parameters(), *module.buffers()))
 
 
-def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program:
+def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program | CaptureError:
+    """What the first frontend that captures the root makes of it, or why none does."""
     refused: list[str] = []
     for name, frontend in FRONTENDS.items():
         try:
@@ -79,7 +91,7 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         _name_inputs(program)
         return program
     reasons = "\n  ".join(refused)
-    raise CaptureError(f"model: no frontend could capture it as one graph\n  {reasons}")
+    return CaptureError(f"model: no frontend could capture it as one graph\n  {reasons}")
 
 
 def _distinct(root: Root) -> tuple[Tensor, ...]:
@@ -149,7 +161,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 @contextmanager
 def _without_checks_of_values() -> Iterator[None]:
-    """PyTorch's own branches on data that do not change the result: distributions that validate, a hint of causality."""
+    """PyTorch's own branches on data that do not change the result: validation of distributions, hints of causality."""
     transformer, distribution = nn.modules.transformer, torch.distributions.Distribution
     detect, validate = transformer._detect_is_causal_mask, distribution._validate_args
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)  # type: ignore[assignment]
@@ -233,8 +245,9 @@ def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Prog
         return torch.func.functional_call(root, state, tuple(flat[len(owned) :]))
 
     record = partial(make_fx, tracing_mode="real", _allow_non_fake_inputs=True, record_stack_traces=True)
+    table = {aten.native_batch_norm.default: _batch_norm}
     with fake_mode, sdpa_kernel(SDPBackend.MATH), _compiling_state_context():  # as under export, for is_compiling()
-        module = record(functional)(*fakes)
+        module = record(functional, table)(*fakes)
         for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
             node.replace_all_uses_with(node.args[0])  # how autograd saves a value; the model's own are stop_gradient
         # functionalized after recording: a model that calls torch.autograd.grad cannot run inside functionalize
@@ -244,6 +257,17 @@ def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Prog
     assert root.observed.structure is not None
     outputs = _mutations_as_outputs(module, inputs)
     return Program(module, inputs, outputs, root.observed.structure, "make_fx")
+
+
+def _batch_norm(
+    x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, momentum: float, eps: float
+) -> Any:
+    """The operator that says that it changes the running statistics: native_batch_norm does so silently."""
+    if mean is None:
+        return aten._native_batch_norm_legit.no_stats(x, weight, bias, training, momentum, eps)
+    if not training:
+        return aten._native_batch_norm_legit_no_training.default(x, weight, bias, mean, variance, momentum, eps)
+    return aten._native_batch_norm_legit.default(x, weight, bias, mean, variance, training, momentum, eps)
 
 
 def _mutations_as_outputs(module: fx.GraphModule, inputs: list[Input]) -> list[Output]:

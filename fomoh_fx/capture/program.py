@@ -95,6 +95,7 @@ class Observed:
 
     structure: Structure | None = None
     semantics: ReverseModeSemantics | None = None
+    before: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what the run changes in place, and copies
     outside: list[weakref.ref[nn.Module]] = field(default_factory=list)  # modules called that are not the root's own
 
 
@@ -120,7 +121,7 @@ class Root(nn.Module):
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs, targets = self.call.rebuild(tensors)
         known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
-        self.observed.semantics = ReverseModeSemantics(known)
+        self.observed.semantics = ReverseModeSemantics(known, self.observed.before)
         with self.observed.semantics, RecordSourceLines(), self._observe_modules():
             output = self.model(*args, **kwargs)
             value = output if self.loss is None else self.loss(output, *targets)
@@ -143,14 +144,15 @@ class Root(nn.Module):
             )
         return found
 
-
     @contextmanager
     def _observe_modules(self) -> Iterator[None]:
         """Note modules that run without being part of this one: a function refers to them, or the model hides them."""
+        self.observed.outside.clear()
         known = {id(vars(m)) for m in self.modules()}  # a tracer wraps modules in others that share their attributes
 
         def note(module: nn.Module, args: Any) -> None:
-            if id(vars(module)) not in known:
+            stateless_graph = isinstance(module, fx.GraphModule) and not module.state_dict()  # a branch being traced
+            if id(vars(module)) not in known and not stateless_graph:
                 self.observed.outside.append(weakref.ref(module))
                 known.update(id(vars(m)) for m in module.modules())
 

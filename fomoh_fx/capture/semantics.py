@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -74,11 +76,12 @@ class ReverseModeSemantics(TorchFunctionMode):
 
     Attributes:
         foreign: tensors that the model uses without owning them (captured by a closure, a plain attribute).
+        before: those of them that the run changes in place, and copies from before.
     """
 
-    def __init__(self, known: Mapping[int, Tensor]) -> None:
+    def __init__(self, known: Mapping[int, Tensor], before: list[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
-        self.known = known
+        self.known, self.before = known, before
         self.foreign: dict[int, Tensor] = {}
         self._stopped_views: dict[int, tuple[Tensor, Tensor]] = {}  # by id: x.detach() or x.data, and x
         self._patches = ExitStack()
@@ -98,6 +101,8 @@ class ReverseModeSemantics(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(Tensor, self._own, (args, kwargs))
+        if _mutates(func) and args and isinstance(args[0], Tensor) and _is_real(args[0]):
+            self._remember(args[0])
         if func in _STOPS or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             stopped = ops.stop_gradient.default(args[0])
             self._stopped_views[id(stopped)] = (stopped, args[0])
@@ -120,6 +125,12 @@ class ReverseModeSemantics(TorchFunctionMode):
         if _is_real(tensor):
             self.foreign[id(tensor)] = tensor
         return tensor
+
+    def _remember(self, tensor: Tensor) -> None:
+        """Capture changes no state: a foreign tensor that the model changes in place is restored afterwards."""
+        if not any(tensor is known for known, _ in self.before):
+            with unset_fake_temporarily(), disable_proxy_modes_tracing():
+                self.before.append((tensor, tensor.detach().clone()))
 
     @staticmethod
     def _mutate_value(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fomoh_fx.rules.precision import wide
 from fomoh_fx.rules.registry import Composite, register
 
 aten = torch.ops.aten
@@ -67,8 +68,7 @@ def _flash_attention_for_cpu(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output, and logsumexp of the scores, in float32 for half types."""
     output, scores = _attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    wide = scores.to(torch.float32) if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    return output, torch.logsumexp(wide, -1)
+    return output, torch.logsumexp(wide(scores), -1)
 
 
 register(aten.scaled_dot_product_attention.default, Composite(_attention))

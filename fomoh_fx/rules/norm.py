@@ -12,21 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fomoh_fx.rules.precision import wide
 from fomoh_fx.rules.registry import Composite, register
 
 aten = torch.ops.aten
 Optional = Tensor | None
-HALF = (torch.float16, torch.bfloat16)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.float32) if x.dtype in HALF else x
 
 
 def _statistics_dtype(x: Tensor, *parameters: Optional) -> torch.dtype:
     """The type of the means and deviations that PyTorch hands out: on a CPU that of the parameters, if any."""
     if x.device.type != "cpu":
-        return _wide(x).dtype
+        return wide(x).dtype
     return next((p.dtype for p in parameters if p is not None), x.dtype)
 
 
@@ -39,14 +35,14 @@ def _standardized(x: Tensor, over: Sequence[int], eps: float) -> tuple[Tensor, T
 
 def _affine(x: Tensor, weight: Optional, bias: Optional, shape: Sequence[int]) -> Tensor:
     """x * weight + bias, the two of them viewed in a shape that broadcasts."""
-    x = x if weight is None else x * _wide(weight).reshape(shape)
-    return x if bias is None else x + _wide(bias).reshape(shape)
+    x = x if weight is None else x * wide(weight).reshape(shape)
+    return x if bias is None else x + wide(bias).reshape(shape)
 
 
 def _native_layer_norm(
     x: Tensor, shape: Sequence[int], weight: Optional, bias: Optional, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, _, rstd = _standardized(_wide(x), range(-len(shape), 0), eps)
+    y, mean, _, rstd = _standardized(wide(x), range(-len(shape), 0), eps)
     dtype = _statistics_dtype(x, weight, bias)
     return _affine(y, weight, bias, shape).to(x.dtype), mean.to(dtype), rstd.to(dtype)
 
@@ -61,7 +57,7 @@ def _layer_norm(
 def _native_group_norm(
     x: Tensor, weight: Optional, bias: Optional, samples: int, channels: int, size: int, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grouped = _wide(x).reshape(samples, groups, channels // groups * size)
+    grouped = wide(x).reshape(samples, groups, channels // groups * size)
     y, mean, _, rstd = _standardized(grouped, [-1], eps)
     dtype = _statistics_dtype(x, weight, bias)
     y = _affine(y.reshape(x.shape), weight, bias, [channels, *[1] * (x.ndim - 2)])
@@ -78,10 +74,10 @@ def _group_norm(
 
 def _fused_rms_norm(x: Tensor, shape: Sequence[int], weight: Optional, eps: float | None) -> tuple[Tensor, Tensor]:
     """y = x / sqrt(mean(x^2) + eps) * weight, and the reciprocal root."""
-    wide = _wide(x)
-    mean = wide.square().mean(tuple(range(-len(shape), 0)), True)
-    rstd = torch.rsqrt(mean + (torch.finfo(wide.dtype).eps if eps is None else eps))
-    return _affine(wide * rstd, weight, None, shape).to(x.dtype), rstd
+    value = wide(x)
+    mean = value.square().mean(tuple(range(-len(shape), 0)), True)
+    rstd = torch.rsqrt(mean + (torch.finfo(value.dtype).eps if eps is None else eps))
+    return _affine(value * rstd, weight, None, shape).to(x.dtype), rstd
 
 
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Optional = None, eps: float | None = None) -> Tensor:
@@ -92,7 +88,7 @@ def _rms_norm(x: Tensor, shape: Sequence[int], weight: Optional = None, eps: flo
 
 
 def _per_channel(x: Tensor, statistic: Tensor) -> Tensor:
-    return _wide(statistic).reshape(-1, *[1] * (x.ndim - 2))
+    return wide(statistic).reshape(-1, *[1] * (x.ndim - 2))
 
 
 def _batch_norm_of_batch(
@@ -100,7 +96,7 @@ def _batch_norm_of_batch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y and the batch's mean, variance and reciprocal deviation, one for each channel."""
     over = [0, *range(2, x.ndim)]
-    y, *statistics = _standardized(_wide(x), over, eps)
+    y, *statistics = _standardized(wide(x), over, eps)
     y = _affine(y, weight, bias, [-1, *[1] * (x.ndim - 2)]).to(x.dtype)
     mean, variance, rstd = (statistic.reshape(-1) for statistic in statistics)
     return y, mean, variance, rstd
@@ -119,12 +115,12 @@ def _batch_norm_in_evaluation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By the running statistics; on a CPU PyTorch saves none of them."""
     dtype = _statistics_dtype(x, weight, bias, mean)
-    rstd = torch.rsqrt(_wide(variance) + eps)
-    y = (_wide(x) - _per_channel(x, mean)) * _per_channel(x, rstd)
+    rstd = torch.rsqrt(wide(variance) + eps)
+    y = (wide(x) - _per_channel(x, mean)) * _per_channel(x, rstd)
     y = _affine(y, weight, bias, [-1, *[1] * (x.ndim - 2)]).to(x.dtype)
     if x.device.type == "cpu":
         return y, x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
-    return y, _wide(mean).clone(), rstd
+    return y, wide(mean).clone(), rstd
 
 
 def _batch_norm_in_training(
@@ -139,7 +135,7 @@ def _batch_norm_in_training(
 
 
 def _moved(running: Tensor, batch: Tensor, momentum: float) -> Tensor:
-    return (_wide(running) * (1 - momentum) + batch * momentum).to(running.dtype)
+    return (wide(running) * (1 - momentum) + batch * momentum).to(running.dtype)
 
 
 def _batch_norm_functional(

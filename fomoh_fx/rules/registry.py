@@ -68,7 +68,7 @@ def register_rule(op: Any, rule: Rule | Composite) -> None:
 
     Args:
         op: an overload such as ``torch.ops.mylib.swish.default``, or a packet for all of its overloads.
-        rule: made by a function of ``fomoh_fx.rules``,
+        rule: made by a function of ``fomoh_fx.rules.kinds``,
 
             - ``elementwise("x*sigmoid(x)")``: one sympy expression, from which the derivatives are derived,
             - ``gated(lambda y, x: y > 0)``: derivative one where the gate is open, zero elsewhere,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, add
+from fomoh_fx.rules.joint import padded
 from fomoh_fx.rules.reduction import Part, each, from_right, reduction
 from fomoh_fx.rules.registry import Composite, register
 
@@ -67,7 +68,7 @@ def _logcumsumexp(components: Components, x: HyperDual, y: Tensor, dim: int) -> 
         def after(old: Part, new: Part, step: int = step) -> Part:
             """The first ``step`` elements as they are, and the new ones."""
             if old is None and new is not None:
-                return aten.constant_pad_nd.default(new, [0, 0] * (-dim - 1) + [step, 0])
+                return padded(new, new.ndim + dim, step, 0)
             return None if old is None else torch.cat([old.narrow(dim, 0, step), new], dim)
 
         z = _logaddexp(components, at(0), at(step))

@@ -778,8 +778,8 @@ def in_place_and_views() -> Problem:
             F.leaky_relu_(y.add_(1), 0.1)
             out = torch.zeros(x.shape[0], 8, dtype=x.dtype)
             out[:, 1:7] = y
-            out[x[:, 0] > 0, 7] = y[0, 1] ** 2
-            out.diagonal().copy_(y.diagonal() ** 3)
+            out[x[:, 0] > 0, 7] = y[0, 1].clone() ** 2
+            out.diagonal().copy_(y.diagonal().clone() ** 3)
             out[:, 2:4].clamp_(-0.5, 0.5)
             y.fill_(0)
             out += y.sum()
@@ -886,7 +886,9 @@ def parameter_containers() -> Problem:
         def __init__(self) -> None:
             super().__init__()
             self.weights = nn.ParameterList(nn.Parameter(torch.randn(3, 3)) for _ in range(2))
-            self.named = nn.ParameterDict({"scale": nn.Parameter(torch.randn(3)), "scalar": nn.Parameter(torch.randn(()))})
+            self.named = nn.ParameterDict(
+                {"scale": nn.Parameter(torch.randn(3)), "scalar": nn.Parameter(torch.randn(()))}
+            )
             self.bilinear = nn.Bilinear(3, 3, 2)
 
         def forward(self, x: Tensor) -> Tensor:

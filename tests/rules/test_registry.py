@@ -11,7 +11,7 @@ import fomoh_fx
 import tests.rules
 from fomoh_fx.errors import ArgumentError, UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual
-from fomoh_fx.rules import Composite, bilinear, constant, elementwise, from_jvp, gated, linear
+from fomoh_fx.rules.kinds import Composite, bilinear, constant, elementwise, from_jvp, gated, linear
 from fomoh_fx.rules.registry import COMPOSITES, KINDS, RULES
 from tests.oracle import relative_error, reverse_over_reverse
 
@@ -212,7 +212,9 @@ def test_operator_with_a_backward_is_served():
 # Misuse.
 
 
-@pytest.mark.parametrize("op", ["aten::tanh", torch.tanh, None, 3, ["aten::tanh"]], ids=["string", "function", "None", "number", "list"])
+@pytest.mark.parametrize(
+    "op", ["aten::tanh", torch.tanh, None, 3, ["aten::tanh"]], ids=["string", "function", "None", "number", "list"]
+)
 def test_not_an_operator(op):
     with pytest.raises(ArgumentError, match="^op: "):
         fomoh_fx.register_rule(op, linear())

@@ -1,0 +1,26 @@
+"""The library of rules: importing it fills the registry. A new file of rules is added here."""
+
+from fomoh_fx.rules import (  # noqa: F401  each registers its operators
+    activations,
+    attention,
+    bilinear,
+    complex,
+    control_flow,
+    elementwise,
+    embedding_bag,
+    fallback,
+    indexing,
+    joint,
+    linalg,
+    linear,
+    loss,
+    norm,
+    random,
+    recurrent,
+    reduction,
+    resampling,
+    scan,
+    scatter_reduce,
+    selection,
+    softmax,
+)
