@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -61,6 +62,8 @@ def selected_parameters(module: nn.Module, wrt: str | Sequence[str]) -> dict[str
     if not names:
         raise ArgumentError('wrt: the model has no parameters; for a function use wrt="inputs"')
     patterns = ["*"] if wrt == "parameters" else [wrt] if isinstance(wrt, str) else list(wrt)
+    if not patterns:
+        raise ArgumentError("wrt: selects no parameter")
     chosen: dict[int, str] = {}
     for pattern in patterns:
         matched = [name for name in names if fnmatchcase(name, pattern)]
@@ -147,7 +150,8 @@ def _by_argument(model: Any, call: Call, tangents: Any) -> list[tuple[str, Any, 
         return rows
     if not isinstance(tangents, Sequence):
         raise ArgumentError(
-            f"tangents: expected a sequence with one entry for each argument, or a mapping, got {type(tangents).__name__}"
+            "tangents: expected a sequence with one entry for each argument, or a mapping, "
+            f"got {type(tangents).__name__}"
         )
     if len(tangents) != len(positional):
         raise ArgumentError(f"tangents: {len(tangents)} entries for {len(positional)} positional arguments")
@@ -179,6 +183,8 @@ def _check(label: str, tangent: Any, primal: Tensor) -> None:
         )
     if tangent.shape[0] == 0:
         raise ArgumentError(f"tangents: the tangent {label} has no direction (K = 0)")
+    if tangent.layout != torch.strided:
+        raise ArgumentError(f"tangents: the tangent {label} must be dense, got {tangent.layout}")
     if tangent.dtype != primal.dtype:
         raise ArgumentError(f"tangents: the tangent {label} must have dtype {primal.dtype}, got {tangent.dtype}")
     if tangent.device != primal.device:

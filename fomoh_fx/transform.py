@@ -87,7 +87,7 @@ class HyperDualModule(nn.Module):
             self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self.__dict__.update(model=model, loss=loss)
         self.second_order, self.curvature = second_order, curvature
-        self.wrt = wrt if isinstance(wrt, str) else tuple(wrt)
+        self.wrt = wrt if isinstance(wrt, str) else _names(wrt)
         self.lowering: lower.Lowering = lower.eager
         self._specializations: dict[Signature, list[Specialization]] = {}
         self._traced: list[Specialization] = []  # the same, for Dynamo, which cannot read the keys
@@ -183,6 +183,7 @@ class HyperDualModule(nn.Module):
     def _compile(
         self, call: Call, seeds: Seeds, signature: Signature, dims: list[dict[int, Any]] | None
     ) -> Specialization:
+        _check_call(self.model, self.loss, call)
         program = capture(self.model, self.loss, call, _argument_names(self.model, call), dims)
         positions = seeds.positions(program)
         values = [i for i, out in enumerate(program.outputs) if out.kind == "value"]
@@ -319,6 +320,32 @@ _UNTRACED = (
 @torch.compiler.disable(reason=_UNTRACED)
 def _refuse_untraced() -> HyperDual:
     raise SpecialisationError(_UNTRACED)
+
+
+def _names(wrt: Any) -> tuple[str, ...]:
+    names = tuple(wrt) if isinstance(wrt, Iterable) else (wrt,)
+    if not all(isinstance(name, str) for name in names):
+        raise ArgumentError(f"wrt: expected 'parameters', 'inputs', or names and patterns of parameters, got {wrt!r}")
+    return names
+
+
+def _check_call(model: Any, loss: Any, call: Call) -> None:
+    """Whether the model and the loss take these arguments, where they tell."""
+    _check_binding("args: the model", model, call.args, call.kwargs)
+    if loss is not None:
+        _check_binding("targets: the loss", loss, (None, *call.targets), {})
+
+
+def _check_binding(label: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    function = function.forward if isinstance(function, nn.Module) else function
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built in
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"{label} cannot be called like this: {error}; it takes {signature}") from None
 
 
 def _is_float(node: fx.Node) -> bool:

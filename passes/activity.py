@@ -30,8 +30,12 @@ class Activity:
 
 
 def carries_derivative(node: fx.Node) -> bool:
-    """Whether a derivative can pass through the node: not an integer or boolean value, not a constant operator."""
+    """Whether a derivative can pass through the node: no integer, boolean or Python number, no constant operator."""
     value = node.meta.get("val")
+    if isinstance(
+        value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
+    ):  # item() stops, as reverse mode does
+        return False
     if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
         return False
     return KINDS.get(node.target) != "constant"  # type: ignore[arg-type]

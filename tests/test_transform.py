@@ -553,6 +553,30 @@ def test_frozen_parameters_may_have_tangents(net: Net) -> None:
     assert close(out.tangent, slopes) and close(out.hessian(), crosses)
 
 
+# --- what depends on data: the graph holds for every value, or it is refused (test_errors.py)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x[x > 0] ** 3).sum(),
+        lambda x: x[x[:, 0].nonzero().squeeze(-1)].sin().sum(),
+        lambda x: (x * x * x.max().item()).sum(),  # a number stops tangents
+        lambda x: (x**3 * sum(x[0].tolist())).sum(),
+    ],
+    ids=["mask", "nonzero", "item", "tolist"],
+)
+def test_sizes_and_numbers_from_data(function: Any, captures: list[Any]) -> None:
+    hd = transform(function, wrt="inputs")
+    for zeros in range(3):
+        x, v = r(4, 3), r(2, 4, 3)
+        x[:zeros] = 0
+        _, slopes, crosses = reverse_over_reverse(function, [x], [v])
+        out = hd(x, tangents=(v,))
+        assert close(out.tangent, slopes) and close(out.hessian(), crosses)
+    assert len(captures) == 1
+
+
 # --- randomness
 
 

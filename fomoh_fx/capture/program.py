@@ -22,8 +22,8 @@ class Input:
 
     ``name`` is the model's own name of a parameter or buffer (``loss.`` before those of a loss that is a module,
     ``outside.`` of a module that a function only refers to), or the argument's readable name; ``module`` and
-    ``attribute`` say where a parameter or buffer lives; ``index`` numbers the tensor leaves of the call; ``tensor`` is a
-    captured constant.
+    ``attribute`` say where a parameter or buffer lives; ``index`` numbers the tensor leaves of the call; ``tensor``
+    is a captured constant.
     """
 
     kind: Literal["parameter", "buffer", "argument", "constant"]

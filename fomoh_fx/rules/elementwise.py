@@ -108,7 +108,7 @@ def _times(factor: Any, component: Tensor | None) -> Tensor | None:
     """factor * component, where the symbolic zero absorbs and one is not multiplied by."""
     if factor is None or component is None:
         return None
-    if not isinstance(factor, Tensor):
+    if isinstance(factor, (int, float)):  # not a number that is known at run time only
         return component if factor == 1 else -component if factor == -1 else component * factor
     return factor * component
 

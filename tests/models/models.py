@@ -1,4 +1,4 @@
-"""Small models of every kind, written with torch alone; each entry of PROBLEMS builds one in float64 with a call of it."""
+"""Small models of every kind, with torch alone; an entry of PROBLEMS builds one in float64 with a call of it."""
 
 from __future__ import annotations
 
@@ -774,13 +774,14 @@ def in_place_and_views() -> Problem:
             y = self.linear(x).tanh_().mul(2)
             y[:, 0] *= 2
             rows = y.view(-1, 3, 2).transpose(1, 2)
-            rows[0].mul_(rows[1].sin())
+            rows[0].mul_(2).add_(rows[1].clone().sin())
             F.leaky_relu_(y.add_(1), 0.1)
             out = torch.zeros(x.shape[0], 8, dtype=x.dtype)
             out[:, 1:7] = y
             out[x[:, 0] > 0, 7] = y[0, 1].clone() ** 2
             out.diagonal().copy_(y.diagonal().clone() ** 3)
             out[:, 2:4].clamp_(-0.5, 0.5)
+            y = y * 1.5
             y.fill_(0)
             out += y.sum()
             return out.index_fill(0, torch.tensor([1]), 0.5)
