@@ -111,8 +111,8 @@ def reshaped(node: fx.Node) -> fx.Node | None:
     """view(squeeze(view(x))): x where the shape has come back to x's, and one view of x where x is contiguous."""
     source = node.args[0]
     while isinstance(source, fx.Node):
-        if _same(node, source):
-            return source
+        if _same(node, source):  # through a reshape that copies, the layout may not have come back: views need it
+            return source if _same_layout(node, source) else None
         if node.target in _VIEWS and source is not node.args[0] and _is_contiguous(source):
             node.update_arg(0, source)
         source = source.args[0] if source.target in _KEEPS_ORDER else None

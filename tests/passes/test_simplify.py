@@ -157,6 +157,7 @@ STEPS = {
 
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(strategies.lists(strategies.sampled_from(sorted(STEPS)), min_size=1, max_size=6))
+@hypothesis.example(["transpose", "flatten and back", "reshape"])
 def test_any_chain_keeps_its_result(steps):
     def function(x):
         for step in steps:
