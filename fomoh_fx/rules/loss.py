@@ -1,8 +1,8 @@
 """Losses whose derivatives at special points are not those of PyTorch's decompositions, and cross entropy whole.
 
 A decomposed smooth_l1_loss goes through |x - t|, whose second derivative at 0 is lost; a decomposed
-binary_cross_entropy clamps logarithms where reverse mode clamps a denominator. Reductions are PyTorch's numbers. Other
-losses are decomposed by PyTorch.
+binary_cross_entropy clamps logarithms where reverse mode clamps a denominator; a decomposed multilabel_margin_loss also
+counts what comes after the last label. Reductions are PyTorch's numbers. Other losses are decomposed by PyTorch.
 """
 
 from __future__ import annotations
@@ -82,6 +82,22 @@ def _weighted(x: Tensor, weight: Tensor | None, dim: int) -> Tensor:
     return x if weight is None else x * weight.reshape(-1, *[1] * (x.ndim - 1 - dim))
 
 
+def _multilabel_margin(x: Tensor, target: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
+    """sum max(0, 1 - x_t + x_c) / C over the labels t before the first -1 and the classes c that are none of them."""
+    classes = torch.arange(x.shape[-1], device=x.device)
+    valid = (target < 0).cumsum(-1) == 0
+    index = aten.where.ScalarOther(valid, target, 0)
+    is_target = ((index.unsqueeze(-1) == classes) & valid.unsqueeze(-1)).any(-2)
+    margin = 1 - x.gather(-1, index).unsqueeze(-1) + x.unsqueeze(-2)
+    counted = valid.unsqueeze(-1) & is_target.logical_not().unsqueeze(-2) & (margin > 0)
+    loss = aten.where.ScalarOther(counted, margin, 0.0).sum((-2, -1)) / x.shape[-1]
+    return _reduced(loss, reduction), is_target.to(x.dtype)
+
+
+def _multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int = MEAN) -> Tensor:
+    return _multilabel_margin(x, target, reduction)[0]
+
+
 # Losses of a difference, quadratic near zero.
 
 
@@ -129,6 +145,8 @@ def _binary_cross_entropy(
 
 register(aten.cross_entropy_loss.default, Composite(_cross_entropy))
 register([aten.nll_loss_forward.default, aten.nll_loss2d_forward.default], Composite(_nll))
+register(aten.multilabel_margin_loss_forward.default, Composite(_multilabel_margin))
+register(aten.multilabel_margin_loss.default, Composite(_multilabel_margin_loss))
 register(aten.smooth_l1_loss.default, Composite(_smooth_l1))
 register(aten.huber_loss.default, Composite(_huber))
 register(aten.binary_cross_entropy.default, _binary_cross_entropy, "elementwise")
