@@ -2,9 +2,9 @@
 
 python benchmarks/plane.py --directions 3 --out plane.json
 
-Contestants do the same work and are checked against each other in the same run; they run interleaved (A, B, A, B, ..)
-after a warm-up, and what is reported is the median of the paired ratios with its quartiles: a lone time means little on a
-shared machine.
+Contestants do the same work and are checked against each other in the same run. They run interleaved (A, B, A, B, ..)
+after a warm-up; reported is the median of the paired ratios with its quartiles: a lone time means little on a shared
+machine.
 """
 
 import argparse

@@ -60,11 +60,15 @@ class Specialization:
             return False
         for shape, traced, dims in zip(signature.shapes, self.signature.shapes, self.dims, strict=True):
             if len(shape) != len(traced) or any(
-                a != b and d not in dims for d, (a, b) in enumerate(zip(shape, traced))
+                a != b and d not in dims for d, (a, b) in enumerate(zip(shape, traced, strict=True))
             ):
                 return False
         placeholders = self.program.placeholders
-        fakes = {w.index: n.meta["val"] for w, n in zip(self.program.inputs, placeholders) if w.kind == "argument"}
+        fakes = {
+            w.index: n.meta["val"]
+            for w, n in zip(self.program.inputs, placeholders, strict=True)
+            if w.kind == "argument"
+        }
         values = [fakes[i] for i in range(len(tensors))]
         shape_env = values[0].fake_mode.shape_env
         return bool(shape_env.evaluate_guards_for_args(values, tensors, ignore_static=False))

@@ -1,4 +1,4 @@
 """The differentiation rules, one file per kind of operator.
 
-``registry.py`` holds the table, ``library.py`` lists the files that fill it, and ``kinds.py`` the constructors of rules.
+``registry.py`` holds the table, ``library.py`` lists the files that fill it, ``kinds.py`` the constructors of rules.
 """

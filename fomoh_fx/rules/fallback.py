@@ -154,7 +154,7 @@ class _Derivative:
             rows, columns = components.indices(self.xs[0].device)
             left, right = ([s.index_select(0, i) for s in stacks] for i in (rows, columns))
         values = dict(zip(layout.tangents, self._over_stacks(module, [*left, *right]), strict=True))
-        full = [values[i] if i in values else None for i in range(layout.primals)]
+        full = [values.get(i) for i in range(layout.primals)]
         return full if components.spans_pairs else [None if v is None else components.reduce(v) for v in full]
 
     def _over_stacks(self, module: fx.GraphModule, stacks: Sequence[Tensor | None]) -> list[Tensor]:
