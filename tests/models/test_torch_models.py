@@ -10,7 +10,8 @@ from tests.models.models import PROBLEMS
 #: Compiling takes half a minute for a model, so one of each kind.
 COMPILED = [
     "mlp", "paper_cnn", "batch_norm_train", "unet", "dropout", "transformer_encoder_dropout",
-    "transformer_encoder_eval", "transformer", "lstm", "gru", "tied_language_model", "graph_network", "fourier_operator",
+    "transformer_encoder_eval", "transformer", "lstm", "gru", "tied_language_model", "graph_network",
+    "fourier_operator",
 ]  # fmt: skip
 
 
