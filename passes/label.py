@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.hyperdual import HyperDual, Undefined
@@ -75,4 +76,4 @@ def renamed(module: fx.GraphModule) -> fx.GraphModule:
     for node in module.graph.nodes:
         node.name = node.meta.pop(_NAME, node.name)
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(module, graph)
+    return _make_graph_module(module, graph)

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule, _make_graph_module, _use_lazy_graph_module
 
 from fomoh_fx.hyperdual import Components
 from fomoh_fx.passes.activity import analyse, ancestors
 from fomoh_fx.passes.cse import merge_common_subexpressions
 from fomoh_fx.passes.eliminate import eliminate
 from fomoh_fx.passes.expand import Layout, Scope, expand
-from fomoh_fx.passes.normalize import inputs_of, normalize
+from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
 from fomoh_fx.passes.simplify import simplify
 from fomoh_fx.passes.verify import verify
 
@@ -54,6 +55,7 @@ class Compiled:
         return list(self.stages.values())[-1]
 
 
+@_use_lazy_graph_module(True)  # a stage between becomes Python code when somebody runs or reads it
 def run(captured: fx.GraphModule, request: Request) -> Compiled:
     """Compile a captured graph into its hyper-dual expansion."""
     stages = {"capture": captured}
@@ -62,7 +64,7 @@ def run(captured: fx.GraphModule, request: Request) -> Compiled:
     verify(stages["normalize"], "normalize")
     stages["normalize"] = eliminate(stages["normalize"])
     seeds, asked = _seeds_and_asked(stages["normalize"], request)
-    results = stages["normalize"].graph.output_node().args[0]
+    results = results_of(stages["normalize"])
     model_part = ancestors(stages["normalize"].graph, [results[i] for i in request.first_order_above])
     scope = Scope(analyse(stages["normalize"].graph, seeds, asked).active, model_part)
     stages["expand"], layout = expand(stages["normalize"], seeds, request.asked, request.components, scope)
@@ -72,18 +74,21 @@ def run(captured: fx.GraphModule, request: Request) -> Compiled:
         module = rewrite(_copy(module))
         verify(module, name)
         stages[name] = module
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            _LazyGraphModule.force_recompile(part)  # Dynamo reads no module that is still lazy
     return Compiled(stages, layout)
 
 
 def _seeds_and_asked(module: fx.GraphModule, request: Request) -> tuple[list[fx.Node], list[fx.Node]]:
-    inputs, results = inputs_of(module), module.graph.output_node().args[0]
-    return [inputs[i] for i in request.seeds], [results[i] for i in request.asked]  # type: ignore[index]
+    inputs, results = inputs_of(module), results_of(module)
+    return [inputs[i] for i in request.seeds], [results[i] for i in request.asked]
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    copied = fx.GraphModule(module, graph)
+    copied = _make_graph_module(module, graph)
     for name, child in list(copied.named_children()):
         if isinstance(child, fx.GraphModule):  # the body of a higher-order operator
             setattr(copied, name, _copy(child))
