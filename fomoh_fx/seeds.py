@@ -99,7 +99,7 @@ def parameter_seeds(module: nn.Module, wrt: str | Sequence[str], tangents: Any) 
         if tangent is None:
             continue
         _check(f"of parameter {name!r}", tangent, everything[name])
-        found[key], given_as[key] = tangent, name
+        found[key], given_as[key] = tangent.contiguous(), name
     ordered = [name for name in first.values() if name in found]
     seeds = _seeds(ordered, [found[name] for name in ordered], [f"parameter {given_as[n]!r}" for n in ordered])
     return replace(seeds, given_as=tuple(given_as[name] for name in ordered))
@@ -130,7 +130,7 @@ def input_seeds(model: Any, call: Call, tangents: Any) -> Seeds:
             if part is not None:
                 _check(f"of {label}", part, leaf)
                 owners.append(number)
-                stacks.append(part)
+                stacks.append(part.contiguous())
                 labels.append(label)
             number += 1
     present = [leaf is not None for leaf in pytree.tree_leaves(tangents)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fomoh_fx.capture import Call
 from fomoh_fx.seeds import Seeds
@@ -16,7 +16,7 @@ from fomoh_fx.seeds import Seeds
 class Signature:
     """What is equal for two calls that one specialisation serves; hashable.
 
-    ``shapes`` are those of the call's tensors; ``rest`` is everything else: the structure, dtypes, devices, arguments
+    ``shapes`` are those of the call's tensors; ``rest`` is everything else: the structure, dtypes, devices, layouts, arguments
     that are not tensors, parameters, modes, and which inputs are seeded with how many directions.
     """
 
@@ -26,12 +26,17 @@ class Signature:
 
 def signature_of(module: nn.Module, loss: Any, call: Call, seeds: Seeds) -> Signature:
     """The signature of one call of the model (and loss)."""
-    kinds = tuple((t.dtype, t.device) for t in call.tensors)
-    state = tuple((t.shape, t.dtype, t.device) for t in (*module.parameters(), *module.buffers()))
+    kinds = tuple((t.dtype, t.device, strides_of(t)) for t in call.tensors)
+    state = tuple((t.shape, t.dtype, t.device, strides_of(t)) for t in (*module.parameters(), *module.buffers()))
     others = tuple((type(o), _hashable(o)) for o in call.others)
     default = torch.get_default_dtype()
     rest = (call.spec, kinds, others, state, tuple(modes_of(module, loss)), default, seeds.owners, seeds.directions)
     return Signature(tuple(t.shape for t in call.tensors), rest)
+
+
+def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """The layout of a tensor that is not contiguous: a recorded view is legal for one layout only; Dynamo reads this."""
+    return None if tensor.is_contiguous() else tensor.stride()
 
 
 def modes_of(module: nn.Module, loss: Any) -> list[Any]:

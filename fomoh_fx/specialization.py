@@ -15,7 +15,7 @@ from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.passes.pipeline import Compiled
 from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.seeds import Seeds
-from fomoh_fx.signature import Signature
+from fomoh_fx.signature import Signature, strides_of
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Specialization:
         seeds: what the tangents belong to.
         signature: of the call that was traced.
         dims: the dynamic dimensions of each argument, or None where everything is static.
-        traced_with: shape, dtype and device of each argument and tangent.
+        traced_with: shape, dtype, device and layout of each argument and tangent.
         others: the arguments that are not tensors.
         modes: the training flags and autocast.
         outside: the training flags of the modules that a function refers to without owning them.
@@ -44,7 +44,7 @@ class Specialization:
     seeds: Seeds
     signature: Signature
     dims: list[dict[int, Any]] | None
-    traced_with: list[tuple[torch.Size, torch.dtype, torch.device]]
+    traced_with: list[tuple[Any, ...]]
     others: list[Any]
     modes: list[Any]
     outside: list[bool]
@@ -85,7 +85,7 @@ class Specialization:
 
     def fits(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor], others: list[Any], modes: list[Any]) -> bool:
         """Whether this was traced with these shapes, dtypes, devices, other arguments and modes; Dynamo reads this."""
-        shapes = [(t.shape, t.dtype, t.device) for t in (*tensors, *stacks)]
+        shapes = [(t.shape, t.dtype, t.device, strides_of(t)) for t in (*tensors, *stacks)]
         same = shapes == self.traced_with and others == self.others and modes == self.modes
         return same and outside_modes(self.program) == self.outside
 
@@ -125,10 +125,10 @@ class Specialization:
         second = self.components.second_order
         if self.with_loss:
             loss, output = primal
-            return HyperDual(loss, tangent[0], cross[0] if second else None, output, self.components)
+            return HyperDual(loss, tangent[0], cross[0] if second else None, output=output, components=self.components)
         none = lambda _: None  # noqa: E731  a leaf without derivative
         return HyperDual(
-            primal, rebuild(tangent, none), rebuild(cross, none) if second else None, None, self.components
+            primal, rebuild(tangent, none), rebuild(cross, none) if second else None, components=self.components
         )
 
     def _cross_shape(self) -> tuple[int, ...]:

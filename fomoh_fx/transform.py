@@ -21,7 +21,7 @@ from fomoh_fx.errors import ArgumentError, CaptureError, SpecialisationError
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.passes import pipeline
 from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, positional_names, selected_parameters
-from fomoh_fx.signature import Signature, modes_of, signature_of
+from fomoh_fx.signature import Signature, modes_of, signature_of, strides_of
 from fomoh_fx.specialization import Specialization, outside_modes
 
 Curvature = Literal["hessian", "ggn"]
@@ -60,6 +60,7 @@ class HyperDualModule(nn.Module):
     """A model's hyper-dual expansion; parameters, buffers and ``state_dict`` are the model's own, under its names."""
 
     model: Any
+    loss: Callable[..., Tensor] | None
 
     def __init__(
         self,
@@ -184,7 +185,7 @@ class HyperDualModule(nn.Module):
         self, call: Call, seeds: Seeds, signature: Signature, dims: list[dict[int, Any]] | None
     ) -> Specialization:
         _check_call(self.model, self.loss, call)
-        program = capture(self.model, self.loss, call, _argument_names(self.model, call), dims)
+        program = capture(self.model, self.loss, call, argument_names(self.model, call), dims)
         positions = seeds.positions(program)
         values = [i for i, out in enumerate(program.outputs) if out.kind == "value"]
         asked = values[:1] if self.loss is not None else [i for i in values if _is_float(program.results[i])]
@@ -208,7 +209,7 @@ class HyperDualModule(nn.Module):
             replace(seeds, stacks=()),
             signature,
             dims,
-            traced_with=[(t.shape, t.dtype, t.device) for t in (*call.tensors, *seeds.stacks)],
+            traced_with=[(t.shape, t.dtype, t.device, strides_of(t)) for t in (*call.tensors, *seeds.stacks)],
             others=list(call.others),
             modes=modes_of(self.module, self.loss),
             outside=outside_modes(program),
@@ -353,7 +354,7 @@ def _is_float(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _argument_names(model: Any, call: Call) -> list[str]:
+def argument_names(model: Any, call: Call) -> list[str]:
     """A readable name for every tensor leaf: the argument's name, with the path inside it."""
     function = model.forward if isinstance(model, nn.Module) else model
     paths, _ = pytree.tree_flatten_with_path((call.args, call.kwargs, call.targets))

@@ -1,0 +1,83 @@
+"""Layouts: arguments, parameters and tangents that are not contiguous, and calls that differ in layout only."""
+
+import pytest
+import torch
+from torch import nn
+
+import fomoh_fx
+
+
+class Flattened(nn.Module):
+    """Views that are legal for one layout only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x.reshape(x.shape[0], -1)))
+
+
+def layouts(x):
+    """The same values in other layouts."""
+    wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+    wide[..., ::2] = x
+    return {
+        "contiguous": x,
+        "transposed": x.movedim(0, -1).contiguous().movedim(-1, 0),
+        "strided": wide[..., ::2],
+    }
+
+
+@pytest.mark.parametrize("order", [("contiguous", "transposed", "strided"), ("strided", "transposed", "contiguous")])
+def test_the_layout_of_an_argument_changes_nothing(order):
+    torch.manual_seed(0)
+    model, x = Flattened().double(), torch.randn(4, 3, 4, dtype=torch.float64)
+    hd = fomoh_fx.transform(model)
+    tangents = {name: torch.randn(2, *p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+    expected = fomoh_fx.transform(model)(x, tangents=tangents)
+    for name in order:
+        out = hd(layouts(x)[name], tangents=tangents)
+        torch.testing.assert_close(out.cross, expected.cross)
+    traced = len(hd._traced)
+    for name in order:
+        hd(layouts(x)[name], tangents=tangents)
+    assert len(hd._traced) == traced
+
+
+@pytest.mark.parametrize("wrt", ["parameters", "inputs"])
+def test_the_layout_of_a_tangent_changes_nothing(wrt):
+    torch.manual_seed(0)
+    model, x = Flattened().double(), torch.randn(4, 3, 4, dtype=torch.float64)
+    hd = fomoh_fx.transform(model, wrt=wrt)
+    primals = dict(model.named_parameters()) if wrt == "parameters" else {"x": x}
+    tangents = {name: torch.randn(2, *p.shape, dtype=torch.float64) for name, p in primals.items()}
+    expected = hd(x, tangents=tangents)
+    for layout in ("transposed", "strided"):
+        out = hd(x, tangents={name: layouts(v)[layout] for name, v in tangents.items()})
+        torch.testing.assert_close(out.cross, expected.cross)
+    expanded = {name: v[:1].expand_as(v) for name, v in tangents.items()}
+    torch.testing.assert_close(
+        hd(x, tangents=expanded).cross, hd(x, tangents={name: v.clone() for name, v in expanded.items()}).cross
+    )
+
+
+def test_parameters_that_are_not_contiguous():
+    torch.manual_seed(0)
+    model, x = Flattened().double(), torch.randn(4, 3, 4, dtype=torch.float64)
+    tangents = {name: torch.randn(2, *p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+    hd = fomoh_fx.transform(model)
+    expected = hd(x, tangents=tangents)
+    model.layer.weight = nn.Parameter(layouts(model.layer.weight.detach())["transposed"])
+    torch.testing.assert_close(hd(x, tangents=tangents).cross, expected.cross)
+
+
+def test_channels_last():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 2)).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    tangents = {name: torch.randn(2, *p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+    expected = fomoh_fx.transform(model)(x, tangents=tangents)
+    model = model.to(memory_format=torch.channels_last)
+    out = fomoh_fx.transform(model)(x.to(memory_format=torch.channels_last), tangents=tangents)
+    torch.testing.assert_close(out.cross, expected.cross)
