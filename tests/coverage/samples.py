@@ -1,74 +1,123 @@
-"""The operators of PyTorch's database and their sample inputs, as scalar functions of real tensors."""
+"""The operators of PyTorch's database and their sample inputs, as functions of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal import common_methods_invocations as database
+from torch.testing._utils import wrapper_set_seed
 from torch.utils import _pytree as pytree
 
 
 @dataclass
 class Case:
-    """One sample of one operator: a scalar function of its floating-point inputs, and where to evaluate it."""
+    """One sample of one operator.
+
+    ``function`` maps the sample's tensors to the list of the floating-point outputs; ``active`` says which of
+    ``inputs`` get a direction; ``weights`` are a fixed random projection of the outputs to one number, whose
+    derivatives see every element.
+    """
 
     name: str
-    function: Callable[..., Tensor]
+    function: Callable[..., list[Tensor]]
     inputs: list[Tensor]
+    active: list[bool]
+    weights: list[Tensor]
+
+    def projected(self, *values: Tensor) -> Tensor:
+        """The projection of the outputs as a function of the active inputs, under one fixed random seed."""
+        torch.default_generator.manual_seed(0)
+        return self.project(self.function(*self.filled(values)))
+
+    def filled(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """All inputs, the active ones replaced by the values."""
+        given = iter(values)
+        return [next(given) if active else x for x, active in zip(self.inputs, self.active, strict=True)]
+
+    def project(self, outputs: Sequence[Tensor], lead: int = 0) -> Tensor:
+        """Re sum <w, y>, over all axes but the first ``lead`` ones."""
+        total = torch.zeros(outputs[0].shape[:lead], dtype=torch.float64)
+        for w, y in zip(self.weights, outputs, strict=True):
+            product = w * y
+            product = product.real if product.is_complex() else product
+            total = total + product.reshape(*y.shape[:lead], -1).sum(-1)
+        return total
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the value changes with the seed."""
+        values = []
+        for seed in range(4):
+            torch.default_generator.manual_seed(seed)
+            with torch.no_grad():
+                values.append(self.project(self.function(*self.inputs)))
+        return not all(torch.equal(v, values[0]) or v.isnan() for v in values)
+
+    @property
+    def points(self) -> list[Tensor]:
+        """The active inputs."""
+        return [x for x, active in zip(self.inputs, self.active, strict=True) if active]
+
+
+def _unseeded(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return op(*args, **kwargs)
+
+
+database.wrapper_set_seed = _unseeded  # a seed that the operator's own call sets is not in its graph: cases set it
 
 
 def operators() -> dict[str, Any]:
     """Every OpInfo of the database, by a unique name."""
-    return {op.name + (f".{op.variant_test_name}" if op.variant_test_name else ""): op for op in op_db}
+    return {op.name + (f".{op.variant_test_name}" if op.variant_test_name else ""): op for op in database.op_db}
 
 
 def is_floating(value: Any) -> bool:
+    """Whether a derivative can pass through the value."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def cases(name: str, op: Any, dtype: torch.dtype = torch.float64, most: int | None = None) -> Iterator[Case]:
-    """The samples of an operator that have a floating-point input and output; none if it has no such dtype."""
-    if dtype not in op.supported_dtypes("cpu"):
+    """The samples of an operator that have a floating-point input and output, or ``most`` of them evenly spread.
+
+    None if the operator has no such dtype, or does not run on a CPU. Derivatives are taken in every floating-point
+    tensor, also in those that the database does not ask for.
+    """
+    if dtype not in op.supported_dtypes("cpu") or name.startswith("jiterator"):
         return
     torch.manual_seed(0)
-    for number, sample in enumerate(op.sample_inputs("cpu", dtype, requires_grad=False)):
-        if most is not None and number >= most:
-            return
-        leaves, spec = pytree.tree_flatten(((sample.input, *sample.args), sample.kwargs))
-        active = [i for i, leaf in enumerate(leaves) if is_floating(leaf) and leaf.layout == torch.strided]
-        if not active:
-            continue
-        call = _call(op, sample, leaves, spec, active)
-        inputs = [leaves[i].detach().clone() for i in active]
-        torch.manual_seed(number)
-        outputs = [o for o in pytree.tree_leaves(call(*inputs)) if is_floating(o)]
-        if not outputs:
-            continue
-        weights = [torch.randn(o.shape, dtype=o.dtype) for o in outputs]
-        yield Case(f"{name}[{number}]", _projected(call, weights), inputs)
+    samples = list(op.sample_inputs("cpu", dtype, requires_grad=False))
+    step = 1 if most is None else max(len(samples) / most, 1)
+    for number in sorted({int(i * step) for i in range(int(len(samples) / step))}):
+        case = _case(f"{name}[{number}]", op, samples[number])
+        if case is not None:
+            yield case
 
 
-def _call(op: Any, sample: Any, leaves: list[Any], spec: Any, active: list[int]) -> Callable[..., Any]:
-    def call(*values: Tensor) -> Any:
-        at = dict(zip(active, values, strict=True))
+def _case(name: str, op: Any, sample: Any) -> Case | None:
+    leaves, spec = pytree.tree_flatten(((sample.input, *sample.args), sample.kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+    inputs = [leaves[i].detach() for i in places]
+    versions = [x._version for x in inputs]
+    wrapper = _unseeded if op.gradcheck_wrapper is wrapper_set_seed else op.gradcheck_wrapper
+
+    def function(*values: Tensor) -> list[Tensor]:
+        """The call as gradient checks make it: with the database's own symmetrisation of arguments and outputs."""
+        at = dict(zip(places, values, strict=True))
         args, kwargs = pytree.tree_unflatten([at.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
-        return sample.output_process_fn_grad(op.gradcheck_wrapper(op.get_op(), *args, **kwargs))
+        out = sample.output_process_fn_grad(wrapper(op.get_op(), *args, **kwargs))
+        return [o for o in pytree.tree_leaves(out) if is_floating(o) and o.layout == torch.strided]
 
-    return call
+    def on_copies(*values: Tensor) -> list[Tensor]:
+        return function(*(value.clone() for value in values))
 
-
-def _projected(call: Callable[..., Any], weights: list[Tensor]) -> Callable[..., Tensor]:
-    """A fixed random projection of the outputs: one number, whose derivatives see every element."""
-
-    def function(*values: Tensor) -> Tensor:
-        outputs = [o for o in pytree.tree_leaves(call(*values)) if is_floating(o)]
-        terms = [(w * o).sum() for w, o in zip(weights, outputs, strict=True)]
-        total = sum(t.real if t.is_complex() else t for t in terms)
-        assert isinstance(total, Tensor)
-        return total
-
-    return function
+    torch.manual_seed(0)
+    outputs = function(*inputs)
+    changes = any(x._version != before for x, before in zip(inputs, versions, strict=True))
+    if not outputs or not any(map(is_floating, inputs)):
+        return None
+    weights = [torch.randn(o.shape, dtype=torch.complex128 if o.is_complex() else torch.float64) for o in outputs]
+    return Case(name, on_copies if changes else function, inputs, [is_floating(x) for x in inputs], weights)

@@ -1,0 +1,78 @@
+"""Confirmed truth: two independent answers that agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tests.oracle import finite_differences, relative_error, reverse_over_reverse
+
+STEPS = (1e-4, 3e-5)
+
+
+@dataclass
+class Truth:
+    """The tangents [K] and the crosses [K, K] of a real function, and to what they can be trusted."""
+
+    tangents: Tensor
+    crosses: Tensor
+    tolerance: float
+
+    def errors(self, tangents: Tensor, crosses: Tensor) -> tuple[float, float]:
+        """The relative errors of other tangents and crosses."""
+        return _error(tangents, self.tangents), _error(crosses, self.crosses)
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.tangents.isfinite().all() and self.crosses.isfinite().all())
+
+    def confirms(self, other: Truth) -> bool:
+        """Slopes to 1e-4, curvatures to 1e-3: a second difference loses twice the digits."""
+        slopes, curvatures = self.errors(other.tangents, other.crosses)
+        return slopes <= 1e-4 and curvatures <= 1e-3
+
+
+def confirmed_truth(
+    function: Callable[..., Tensor], xs: Sequence[Tensor], directions: Sequence[Tensor]
+) -> Truth | None:
+    """Reverse-over-reverse where finite differences agree with it or have no value, differences where two steps agree.
+
+    Reverse mode has the last word on its own conventions only where it is the only one to answer.
+    """
+    reverse = _reverse(function, xs, directions)
+    coarse = _differences(function, xs, directions, STEPS[0])
+    if reverse is not None and (coarse is None or coarse.confirms(reverse)):
+        return reverse
+    fine = _differences(function, xs, directions, STEPS[1])
+    if reverse is not None and fine is not None and fine.confirms(reverse):
+        return reverse
+    if coarse is not None and fine is not None and coarse.confirms(fine):
+        return fine
+    return None
+
+
+def _reverse(function: Callable[..., Tensor], xs: Sequence[Tensor], directions: Sequence[Tensor]) -> Truth | None:
+    try:
+        _, tangents, crosses = reverse_over_reverse(function, xs, directions)
+    except Exception:  # no derivative of the derivative, or none at all
+        return None
+    truth = Truth(tangents, crosses, 1e-8)
+    return truth if truth.finite else None
+
+
+def _differences(
+    function: Callable[..., Tensor], xs: Sequence[Tensor], directions: Sequence[Tensor], step: float
+) -> Truth | None:
+    try:
+        _, tangents, crosses = finite_differences(function, xs, directions, step)
+    except Exception:
+        return None
+    truth = Truth(tangents, crosses, 1e-3)
+    return truth if truth.finite else None
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    error = relative_error(actual, expected)
+    return error if error == error else float("inf")
