@@ -13,7 +13,7 @@ number of graph nodes depends on neither. ``None`` is the symbolic zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -127,8 +127,8 @@ class HyperDual:
     primal: Any
     tangent: Any = None
     cross: Any = None
-    output: Any = None
-    components: Components | None = field(default=None, repr=False)
+    output: Any = field(default=None, kw_only=True)
+    components: Components | None = field(default=None, repr=False, kw_only=True)
 
     @property
     def active(self) -> bool:
@@ -197,10 +197,15 @@ class Undefined:
     primal: Tensor
 
 
+def _unflattened(leaves: Iterable[Any], components: Components | None) -> HyperDual:
+    primal, tangent, cross, output = leaves
+    return HyperDual(primal, tangent, cross, output=output, components=components)
+
+
 pytree.register_pytree_node(
     HyperDual,
     lambda h: ([h.primal, h.tangent, h.cross, h.output], h.components),
-    lambda leaves, components: HyperDual(*leaves, components=components),
+    _unflattened,
     serialized_type_name="fomoh_fx.HyperDual",
 )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -164,11 +164,11 @@ def _permutation(node: fx.Node) -> list[int] | None:
         return None
     dims = list(range(value.ndim))
     if node.target is aten.permute.default:
-        return [d % value.ndim for d in node.args[1]]  # type: ignore[union-attr,operator]
+        return [d % value.ndim for d in cast(Sequence[int], node.args[1])]
     if node.target is aten.t.default:
         return dims[::-1]
     if dims:
-        a, b = (d % value.ndim for d in node.args[1:3])  # type: ignore[operator]
+        a, b = (d % value.ndim for d in cast(Sequence[int], node.args[1:3]))
         dims[a], dims[b] = dims[b], dims[a]
     return dims
 
@@ -186,10 +186,11 @@ def converted(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
     if not isinstance(source, fx.Node) or source.target is not aten._to_copy.default:
         return None
-    first, wide = value_of(source.args[0]), value_of(source)
+    origin = cast(fx.Node, source.args[0])
+    first, wide = value_of(origin), value_of(source)
     if first is None or wide is None or torch.promote_types(first.dtype, wide.dtype) != wide.dtype:
         return None
-    return source.args[0] if first.dtype.is_floating_point and _same_layout(node, source.args[0]) else None
+    return origin if first.dtype.is_floating_point and _same_layout(node, origin) else None
 
 
 def padded_by_nothing(node: fx.Node) -> fx.Node | None:

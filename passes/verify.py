@@ -75,6 +75,7 @@ def check_values(module: fx.GraphModule) -> None:
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         mode = detect_fake_mode((args, kwargs, node.meta["val"]))
+        assert mode is not None  # recorded values are fake
         with mode:
             again = node.target(*args, **kwargs)
         computed, recorded = _kinds(again), _kinds(node.meta["val"])

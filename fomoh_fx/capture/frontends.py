@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -226,7 +226,8 @@ def _state(root: Root, target: str) -> Input:
         return Input("constant", target, tensor=root.get_buffer(target))
     parent, _, attribute = target.rpartition(".")
     module = root.get_submodule(parent)
-    kind = "parameter" if isinstance(getattr(module, attribute), nn.Parameter) else "buffer"
+    is_parameter = isinstance(getattr(module, attribute), nn.Parameter)
+    kind: Literal["parameter", "buffer"] = "parameter" if is_parameter else "buffer"
     return Input(kind, target.removeprefix("model."), module=module, attribute=attribute)
 
 

@@ -43,12 +43,12 @@ def _functions_recorded() -> Iterator[None]:
     """Record calls of custom Functions below ``Function.apply``, which users bind to names of their own."""
     single_level = torch.autograd.function._SingleLevelFunction
     under_transforms = torch._functorch.autograd_function.custom_function_call
-    single_level.apply = classmethod(_record_function)  # type: ignore[method-assign,assignment]
+    single_level.apply = classmethod(_record_function)  # type: ignore[attr-defined]
     torch._functorch.autograd_function.custom_function_call = _record_function  # type: ignore[assignment]
     try:
         yield
     finally:
-        del single_level.apply
+        del single_level.apply  # type: ignore[attr-defined]
         torch._functorch.autograd_function.custom_function_call = under_transforms
 
 

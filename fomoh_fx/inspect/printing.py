@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 from torch import Tensor, fx
@@ -102,7 +102,7 @@ def _returned(node: fx.Node, statement: str) -> list[str]:
     if not isinstance(outputs, (tuple, list)) or not all(isinstance(output, fx.Node) for output in outputs):
         return [statement]
     opening, closing = "()" if isinstance(outputs, tuple) else "[]"
-    return [f"return {opening}", *(f"    {output},{_comment(output)}" for output in outputs), closing]
+    return [f"return {opening}", *(f"    {output},{_comment(cast(fx.Node, output))}" for output in outputs), closing]
 
 
 def _statements(module: fx.GraphModule) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -73,7 +73,7 @@ class Report:
             ("inputs", _size(self.input_bytes)),
             ("peak of intermediates", f"{_size(self.peak_bytes)} (estimate, operator by operator)"),
         ]
-        rows = [("nodes", *provenance.COMPONENTS, "all")]
+        rows: list[tuple[str, ...]] = [("nodes", *provenance.COMPONENTS, "all")]
         counts = {**self.nodes, "products in the last": self.products}
         for name, count in counts.items():
             parts = [count.get(component, 0) for component in provenance.COMPONENTS]
@@ -132,7 +132,7 @@ def report(specialization: Specialization) -> Report:
     )
 
 
-def _count_components(graph: fx.Graph, only: set[Operator] | None = None) -> Counter[str]:
+def _count_components(graph: fx.Graph, only: Collection[Operator] | None = None) -> Counter[str]:
     calls = [n for n in graph.nodes if n.op == "call_function"]
     return Counter(provenance.of(n).component for n in calls if only is None or n.target in only)
 
@@ -153,7 +153,7 @@ def _names(node: fx.Node) -> list[str]:
 
 def _served(active: Sequence[fx.Node]) -> dict[str, tuple[str, int]]:
     times = sorted(Counter(n.target for n in active).items(), key=lambda item: str(item[0]))
-    return {str(op): (KINDS.get(op, "synthesised"), n) for op, n in times}  # type: ignore[arg-type]
+    return {str(op): (KINDS.get(op, "synthesised"), n) for op, n in times}
 
 
 def _bytes(node: fx.Node) -> int | None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined
 from fomoh_fx.rules.derivation import Formula
-from fomoh_fx.rules.elementwise import ROWS, expand
-from fomoh_fx.rules.registry import Composite, register
+from fomoh_fx.rules.elementwise import expand, formula_of
+from fomoh_fx.rules.registry import Composite, Rule, register
 
 aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ def _gelu(op: Any, components: Components, x: HyperDual, *, approximate: str = "
 
 def _log_sigmoid_forward(op: Any, components: Components, x: HyperDual) -> tuple[HyperDual, Undefined]:
     y, buffer = op(x.primal)
-    return expand(ROWS[aten.log_sigmoid.default], op, components, y, [x]), Undefined(buffer)
+    return expand(formula_of(aten.log_sigmoid.default), op, components, y, [x]), Undefined(buffer)
 
 
 def _logit(op: Any, components: Components, x: HyperDual, eps: float | None = None) -> HyperDual:
@@ -36,7 +36,7 @@ def _logit(op: Any, components: Components, x: HyperDual, eps: float | None = No
     if eps is not None:
         inside = (x.primal >= eps) & (x.primal <= 1 - eps)
         x = HyperDual(x.primal.clamp(eps, 1 - eps), _where(inside, x.tangent), _where(inside, x.cross))
-    return expand(ROWS[aten.logit.default], op, components, y, [x])
+    return expand(formula_of(aten.logit.default), op, components, y, [x])
 
 
 def _where(condition: Tensor, part: Tensor | None) -> Tensor | None:
@@ -71,11 +71,12 @@ def _mvlgamma(x: Tensor, p: int) -> Tensor:
     return torch.lgamma(x.unsqueeze(-1) - shifts).sum(-1) + p * (p - 1) / 4 * math.log(math.pi)
 
 
-for ops, rule in {
+ELEMENTWISE: dict[Any, Rule] = {
     aten.gelu.default: _gelu,
     aten.log_sigmoid_forward.default: _log_sigmoid_forward,
     aten.logit.default: _logit,
-}.items():
+}
+for ops, rule in ELEMENTWISE.items():
     register(ops, rule, "elementwise")
 register(aten.rrelu_with_noise_functional.default, _rrelu, "linear")
 register(aten.frexp.Tensor, _frexp, "linear")

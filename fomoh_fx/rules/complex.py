@@ -103,6 +103,7 @@ def _angle(op: Any, components: Components, z: HyperDual) -> HyperDual:
 def _complex(parts: list[Part], y: Tensor, real: Tensor, imaginary: Tensor) -> Tensor:
     a, b = (None if p is None else align(p, v, y.ndim) for p, v in zip(parts, (real, imaginary), strict=True))
     if b is None:
+        assert a is not None
         return a.to(y.dtype)
     return b * 1j if a is None else aten.complex.default(a, b)
 

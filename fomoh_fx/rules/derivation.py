@@ -103,7 +103,7 @@ def derive(formula: Formula, known: tuple[Any, ...], active: tuple[int, ...], se
             values[a, b] = _second(formula, a, b, firsts, settings)
     values = {pair: value for pair, value in values.items() if value != 0}
     source = _source({FIRSTS[a]: first for a, first in firsts.items()}, values, formula.arity)
-    namespace = {"torch": torch, "select": _select, **IMPLEMENTATIONS}
+    namespace: dict[str, Any] = {"torch": torch, "select": _select, **IMPLEMENTATIONS}
     exec(compile(source, f"<derivatives of {formula.expression}>", "exec"), namespace)
     return Partials(tuple(values), source, namespace["derivatives"])
 

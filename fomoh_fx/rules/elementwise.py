@@ -271,7 +271,14 @@ GATED: dict[Any, Callable[..., Tensor]] = {
     aten.nan_to_num.default: lambda y, x, nan, positive, negative: x.isfinite(),
 }
 
-for ops, row in ROWS.items():
-    register(ops, served(Formula(row) if isinstance(row, str) else row))
+
+def formula_of(op: Any) -> Formula:
+    """The operator's row of the table."""
+    row = ROWS[op]
+    return Formula(row) if isinstance(row, str) else row
+
+
+for ops in ROWS:
+    register(ops, served(formula_of(ops)))
 for ops, gate in GATED.items():
     register(ops, gated(gate))

@@ -49,11 +49,13 @@ def _embedding_bag(
         rows = aten.where.ScalarOther(counted.unsqueeze(-1), rows, 0.0) if padding >= 0 else rows
         return aten.index_add.default(rows.new_zeros((rows.shape[0], *y.shape)), 1, bags, rows)
 
-    def rows(part: Part) -> Part:
-        return None if part is None else aten.index_select.default(part, 1, indices)
+    def rows(part: Tensor) -> Tensor:
+        return aten.index_select.default(part, 1, indices)
 
     def weighed(part: Part) -> Part:
-        return part if part is None or p.primal is None else part * p.primal.unsqueeze(-1)
+        if part is None or p.primal is None:
+            return None if part is None else rows(part)
+        return rows(part) * p.primal.unsqueeze(-1)
 
     def weighing(part: Part) -> Part:
         return None if part is None else part.unsqueeze(-1) * w.primal.index_select(0, indices)
@@ -62,7 +64,7 @@ def _embedding_bag(
         if mode == MAX:
             found = None if w_part is None else gathered(w_part, 0, rest[-1])
             return None if found is None else aten.where.ScalarOther((count > 0).unsqueeze(-1), found, 0.0)
-        summed = total(add(weighed(rows(w_part)), weighing(p_part)))
+        summed = total(add(weighed(w_part), weighing(p_part)))
         return summed if summed is None or mode == SUM else summed / count.clamp(min=1).unsqueeze(-1)
 
     tangent, cross = first(w.tangent, p.tangent), None

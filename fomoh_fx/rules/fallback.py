@@ -60,7 +60,7 @@ def from_jvp(push: Callable[..., Any], kind: str = "jvp") -> Rule:
         derivative = _Derivative(first, active, [plain[i] for i in active])
         duals = [leaves[i] for i in active]
         tangent = derivative.first([d.tangent for d in duals])
-        cross = None
+        cross: Sequence[Tensor | None] | None = None
         if components.second_order is not None:
             cross = derivative.first([d.cross for d in duals])
             try:
@@ -139,7 +139,7 @@ class _Derivative:
             module = self._first_graph(which)
         return self._over_stacks(module, [parts[i] for i in which])
 
-    def second(self, parts: Sequence[Tensor | None], components: Components) -> list[Tensor] | None:
+    def second(self, parts: Sequence[Tensor | None], components: Components) -> list[Tensor | None] | None:
         """sum_ij S_c,ij d/dx T(x, x_i)[x_j]; None where T does not depend on x."""
         which = [i for i, part in enumerate(parts) if part is not None]
         if not which:
@@ -193,7 +193,7 @@ class _Derivative:
         return simplify(eliminate(retrace(unstacked, fakes))), layout
 
 
-_REAL_ZEROS = {
+_REAL_ZEROS: dict[Any, Function] = {
     torch.ops.aten._efficientzerotensor.default: lambda size, **kwargs: torch.ops.aten.zeros.default(size, **kwargs),
     torch.ops.aten._new_zeros_with_same_feature_meta.default: lambda x, like, **kwargs: x.new_zeros(like.shape),
 }
@@ -220,7 +220,7 @@ def forward_mode(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *arg
         return [o for o, has in zip(outputs, connected, strict=True) if has], outputs
 
     primals_ = tuple(leaves[i] for i in which)
-    _, found, outputs = torch.func.jvp(function, primals_, tuple(at[i] for i in which), strict=True, has_aux=True)
+    _, found, outputs = torch.func.jvp(function, primals_, tuple(at[i] for i in which), strict=True, has_aux=True)  # type: ignore[misc]
     parts = iter(found)
     return [next(parts) if has else torch.zeros_like(o) for o, has in zip(outputs, connected, strict=True)]
 

@@ -50,7 +50,7 @@ def accumulator(part: Tensor, x: Tensor) -> Tensor:
 def _index_dims(indices: Sequence[Tensor | None]) -> tuple[int, int, bool]:
     """How many dimensions of x the indices consume, how many those of the result are, and whether they come first."""
     given = [n for n, i in enumerate(indices) if i is not None]
-    tensors = [indices[n] for n in given]
+    tensors = [i for i in indices if i is not None]
     masks = [t.dtype in (torch.bool, torch.uint8) for t in tensors]
     consumed = sum(t.ndim if mask else 1 for t, mask in zip(tensors, masks, strict=True))
     made = max(1 if mask else t.ndim for t, mask in zip(tensors, masks, strict=True))
@@ -69,14 +69,15 @@ def _index_put(
 ) -> Tensor:
     part, source = parts
     if source is None:
+        assert part is not None
         if accumulate:
             return part
         zero = torch.zeros((), dtype=part.dtype, device=part.device)
         return aten.index_put.default(part, [None, *indices], zero)
+    part = accumulator(source, x) if part is None else part
     consumed, made, first = _index_dims(indices)
     source = align(source, values, x.ndim - consumed + made)
     source = source.movedim(0, made) if first else source
-    part = accumulator(parts[1], x) if part is None else part
     return aten.index_put.default(part, [None, *indices], source, accumulate)
 
 
@@ -137,6 +138,7 @@ register(aten.masked_select.default, Composite(_masked_select))
 def _scatter(parts: list[Part], y: Tensor, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     part, values = parts
     if values is None:
+        assert part is not None
         return _scatter_value(part, y, x, dim, index)
     base = as_vector(accumulator(values, x) if part is None else part)
     where = over_stack(index, base.shape[0])
@@ -172,6 +174,7 @@ def _index_add(
 def _index_copy(parts: list[Part], y: Tensor, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     part, values = parts
     if values is None:
+        assert part is not None
         return _index_fill(part, y, x, dim, index)
     base = as_vector(accumulator(values, x) if part is None else part)
     return aten.index_copy.default(base, axis(dim, x), index, as_vector(values)).reshape(base.shape[0], *y.shape)
@@ -202,7 +205,7 @@ register(aten.scatter.reduce, Composite(_scatter_with))
 register(aten.scatter.value_reduce, Composite(_scatter_value_with))
 register(
     aten.scatter_add.default,
-    jointly(lambda parts, y, x, dim, index, source: scattered(*parts, x, dim, index), (0, 3)),
+    jointly(lambda parts, y, x, dim, index, source: scattered(parts[0], parts[1], x, dim, index), (0, 3)),
 )
 register(aten.index_add.default, jointly(_index_add, (0, 3)))
 register(aten.index_copy.default, jointly(_index_copy, (0, 3)))
@@ -257,8 +260,10 @@ def _as_strided_scatter(
 ) -> Tensor:
     part, values = parts
     order, index = storage_index(x, size, stride, offset)
-    template = values if part is None else part
-    flat = in_storage_order(accumulator(template, x) if part is None else part, order)
+    if part is None:
+        assert values is not None
+        part = accumulator(values, x)
+    flat = in_storage_order(part, order)
     zero = torch.zeros((), dtype=flat.dtype, device=flat.device) if values is None else values
     flat = aten.index_put.default(flat, [None, index], zero)
     inside_out = [order.index(d) + 1 for d in range(x.ndim)]

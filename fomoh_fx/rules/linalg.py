@@ -43,8 +43,8 @@ def _less(a: Tensor | None, b: Tensor | None) -> Any:
     return a - b
 
 
-def _hermitian_part(x: Tensor | None) -> Tensor | None:
-    return None if x is None else (x + x.mH) / 2
+def _hermitian_part(x: Tensor) -> Tensor:
+    return (x + x.mH) / 2
 
 
 def _diagonal(x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _differences(values: Tensor) -> Tensor:
     return gaps.masked_fill(torch.eye(values.shape[-1], dtype=torch.bool, device=values.device), INFINITY)
 
 
-def _pairs_of(first: Sequence[Any], second: Sequence[Any] | None, primal: Sequence[Tensor]) -> list[HyperDual]:
+def _pairs_of(primal: Sequence[Tensor], first: Sequence[Any] | None, second: Sequence[Any] | None) -> list[HyperDual]:
     tangents = first if first is not None else [None] * len(primal)
     crosses = second if second is not None else [None] * len(primal)
     return [HyperDual(*parts) for parts in zip(primal, tangents, crosses, strict=True)]
@@ -182,7 +182,8 @@ def _cholesky(components: Components, a: HyperDual, factor: Tensor, upper: bool)
     lower = factor.mH if upper else factor
 
     def step(part: Tensor | None, known: Tensor | None) -> Tensor:
-        inner = aten.linalg_solve_triangular.default(lower, _less(_hermitian_part(part), known), upper=False)
+        right = _less(None if part is None else _hermitian_part(part), known)
+        inner = aten.linalg_solve_triangular.default(lower, right, upper=False)
         inner = aten.linalg_solve_triangular.default(lower.mH, inner, upper=True, left=False)
         return lower @ (inner.tril() - (_diagonal(inner) / 2).diag_embed())
 
@@ -252,7 +253,7 @@ def _qr(op: Any, components: Components, a: HyperDual, mode: str = "reduced") ->
         q_t, r_t = first
         return components.product(torch.matmul, q_t, r_t), components.product(_adjoint_times, q_t, q_t)
 
-    q_dual, r_dual = _pairs_of(*_implicit(components, a, step, products), (q, r))
+    q_dual, r_dual = _pairs_of((q, r), *_implicit(components, a, step, products))
     return (q_dual, r_dual) if mode != "r" else (op(a.primal, mode)[0], r_dual)
 
 
@@ -306,7 +307,7 @@ def _lu_factor_ex(
 def _lu(op: Any, components: Components, a: HyperDual, *, pivot: bool = True) -> Any:
     p, lower, upper = op(a.primal, pivot=pivot)
     parts = _lu_parts(components, a, lambda x: p.mT @ x if pivot else x, lower, upper)
-    return (p, *_pairs_of(*parts, (lower, upper)))
+    return (p, *_pairs_of((lower, upper), *parts))
 
 
 def _lu_unpack(op: Any, components: Components, lu: HyperDual, pivots: Any, unpack_data: bool = True,
@@ -317,7 +318,7 @@ def _lu_unpack(op: Any, components: Components, lu: HyperDual, pivots: Any, unpa
         return p, lower, upper
     size = lower.shape[-1]
     parts = (None if x is None else (x[..., :size].tril(-1), x[..., :size, :].triu()) for x in (lu.tangent, lu.cross))
-    return (p, *_pairs_of(*parts, (lower, upper)))
+    return (p, *_pairs_of((lower, upper), *parts))
 
 
 def _reflectors(a: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,7 +344,9 @@ def _ormqr(a: Tensor, tau: Tensor, other: Tensor, left: bool = True, transpose: 
 # Eigenvalues and singular values. Equal ones have vectors without derivative: the quotients are then infinite.
 
 
-def _eigen(components: Components, a: HyperDual, values: Tensor, vectors: Tensor, hermitian: bool) -> list[HyperDual]:
+def _eigen(
+    components: Components, a: HyperDual, values: Tensor, vectors: Tensor, *, hermitian: bool
+) -> list[HyperDual]:
     """A V = V D: with Q = V^-1 (A_c V + sum S (A_i V_j - V_i D_j + ..)), D_c is its diagonal and V_c = V (Q / E + ..).
 
     The columns of V keep the length one, which fixes the real part of the diagonal of V^-1 V_c; the imaginary part is
@@ -352,9 +355,7 @@ def _eigen(components: Components, a: HyperDual, values: Tensor, vectors: Tensor
     gaps = _differences(values)
     factors = () if hermitian else aten.linalg_lu_factor_ex.default(vectors)[:2]
 
-    def cast(part: Tensor | None) -> Tensor | None:
-        if part is None:
-            return None
+    def cast(part: Tensor) -> Tensor:
         return _hermitian_part(part) if hermitian else part.to(vectors.dtype)
 
     def left_solve(x: Tensor) -> Tensor:
@@ -362,7 +363,9 @@ def _eigen(components: Components, a: HyperDual, values: Tensor, vectors: Tensor
 
     def step(part: Tensor | None, known: Any) -> tuple[Tensor, Tensor]:
         moved, lengths = known or (None, None)
-        q = left_solve(add(None if part is None else cast(part) @ vectors, moved))
+        right = add(None if part is None else cast(part) @ vectors, moved)
+        assert right is not None
+        q = left_solve(right)
         diagonal = _diagonal(q).real if hermitian else _diagonal(q)
         v_part = vectors @ (q / gaps)
         stretch = None if hermitian else (vectors.conj() * v_part).sum(-2).real
@@ -375,7 +378,7 @@ def _eigen(components: Components, a: HyperDual, values: Tensor, vectors: Tensor
         moved = moved - components.product(lambda v, d: v * d.unsqueeze(-2), v_t, d_t)
         return moved, components.product(lambda x, w: (x.conj() * w).sum(-2).real, v_t, v_t)
 
-    return _pairs_of(*_implicit(components, a, step, products), (values, vectors))
+    return _pairs_of((values, vectors), *_implicit(components, a, step, products))
 
 
 def _eigh(op: Any, components: Components, a: HyperDual, uplo: str = "L", compute_v: bool = True) -> Any:
@@ -409,14 +412,14 @@ def _svd(op: Any, components: Components, a: HyperDual, full_matrices: bool = Fa
         g = _less(part, product)
         gv, gu = g @ v, g.mH @ u
         w = u.mH @ gv
-        if known is not None:
+        if u_gram is not None and v_gram is not None:
             w = w + (u_gram * across + down * v_gram) / 2
         u_turn = (w * across + down * w.mH) / gaps
         v_turn = (down * w + w.mH * across) / gaps
         if w.is_complex():
             phase = torch.complex(torch.zeros_like(_diagonal(w).real), _diagonal(w).imag / (2 * s)).diag_embed()
             u_turn, v_turn = u_turn + phase, v_turn - phase
-        if known is not None:
+        if u_gram is not None and v_gram is not None:
             u_turn, v_turn = u_turn - u_gram / 2, v_turn - v_gram / 2
         return side(u, u_turn, gv), _diagonal(w).real, side(v, v_turn, gu)
 
@@ -434,7 +437,7 @@ def _svd(op: Any, components: Components, a: HyperDual, full_matrices: bool = Fa
         return product, components.product(_adjoint_times, u_t, u_t), components.product(_adjoint_times, v_t, v_t)
 
     first, second = _implicit(components, a, step, products)
-    u_dual, s_dual, v_dual = _pairs_of(first, second, (u, s, v))
+    u_dual, s_dual, v_dual = _pairs_of((u, s, v), first, second)
     if not compute_uv:
         empty = op(a.primal, full_matrices, False, driver=driver)
         return empty[0], s_dual, empty[2]

@@ -7,7 +7,8 @@ float32, as PyTorch does, and the result has the type of the input.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,7 +163,7 @@ def _batch_norm_without_update(
     return *found, x.new_empty(0, dtype=torch.uint8)
 
 
-for op, body in {
+BODIES: dict[Any, Callable[..., Any]] = {
     aten.layer_norm.default: _layer_norm,
     aten.native_layer_norm.default: _native_layer_norm,
     aten.group_norm.default: _group_norm,
@@ -174,5 +175,6 @@ for op, body in {
     aten._native_batch_norm_legit_functional.default: _batch_norm_functional,
     aten._batch_norm_with_update_functional.default: _batch_norm_with_update,
     aten._batch_norm_no_update.default: _batch_norm_without_update,
-}.items():
+}
+for op, body in BODIES.items():
     register(op, Composite(body))

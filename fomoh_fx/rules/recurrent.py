@@ -100,9 +100,9 @@ def _cell(step: Step) -> Composite:
         x: Tensor, state: Tensor | Sequence[Tensor], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
         b_hh: Tensor | None = None,
     ) -> Tensor | State:  # fmt: skip
-        one = isinstance(state, Tensor)
-        new = step(linear(x, w_ih, b_ih), (state,) if one else tuple(state), (w_ih, w_hh, b_ih, b_hh))
-        return new[0] if one else new
+        states = (state,) if isinstance(state, Tensor) else tuple(state)
+        new = step(linear(x, w_ih, b_ih), states, (w_ih, w_hh, b_ih, b_hh))
+        return new[0] if isinstance(state, Tensor) else new
 
     return Composite(body)
 

@@ -69,12 +69,12 @@ def _extreme(components: Components, x: HyperDual, y: Tensor, dims: Dims = None,
     return HyperDual(y, *each(lambda p: aten.where.ScalarOther(attained, p, 0.0).sum(over, keepdim) / count, x))
 
 
-def _mean(x: HyperDual, primal: Tensor, over: Sequence[int], keepdim: bool) -> HyperDual:
+def _mean(x: HyperDual, primal: Tensor, over: list[int], keepdim: bool) -> HyperDual:
     return HyperDual(primal, *each(lambda p: p.mean(over, keepdim), x))
 
 
 def _variance(
-    components: Components, x: HyperDual, primal: Tensor, over: Sequence[int], correction: Any, keepdim: bool
+    components: Components, x: HyperDual, primal: Tensor, over: list[int], correction: Any, keepdim: bool
 ) -> HyperDual:
     """y = sum |u|^2 / n, u = x - mean(x): y_i = 2 sum u u_i / n and y_c = 2 (sum u u_c + sum_ij S_c,ij u_i u_j) / n."""
     count = math.prod(x.primal.shape[d] for d in over)
@@ -154,7 +154,7 @@ def _vector_norm(
     slope, curvature = _norm_weights(x.primal, value, order, over)
     tangent, first = each(lambda p: _inner(slope, p).sum(over, True), x)
     cross = first
-    if x.tangent is not None and components.second_order is not None and order not in (1, math.inf, -math.inf):
+    if tangent is not None and components.second_order is not None and order not in (1, math.inf, -math.inf):
         within = squared(components, x.tangent)
         within = within if curvature is None else within * curvature
         slack = within.sum(over, True) - components.square(tangent)
@@ -162,7 +162,7 @@ def _vector_norm(
     return HyperDual(y, *each(lambda p: p if keepdim else p.squeeze(over), HyperDual(y, tangent, cross)))
 
 
-def _norm_weights(x: Tensor, y: Tensor, order: float, over: Sequence[int]) -> tuple[Tensor, Part]:
+def _norm_weights(x: Tensor, y: Tensor, order: float, over: list[int]) -> tuple[Tensor, Part]:
     """a, and |r|^(p-2) or None for one; the elements that attain an infinite norm share equally."""
     if order == 1:
         return x.sgn(), None
@@ -191,13 +191,14 @@ def _dist(x: Tensor, other: Tensor, order: Any = 2) -> Tensor:
 
 
 register([aten.amax.default, aten.amin.default, aten.max.default, aten.min.default], reduction(_extreme, "selection"))
-for ops, formula in {
+FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.var.correction: _var,
     aten.std.correction: _std,
     aten.var_mean.correction: _var_mean,
     aten.std_mean.correction: _std_mean,
     aten.linalg_vector_norm.default: _vector_norm,
-}.items():
+}
+for ops, formula in FORMULAS.items():
     register(ops, reduction(formula))
 register([aten.norm.Scalar, aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype], Composite(_norm))
 register(aten.norm.ScalarOpt_dtype, Composite(_norm_with_dtype))

@@ -20,7 +20,7 @@ Rule = Callable[..., Any]
 
 RULES: dict[Operator, Rule] = {}
 COMPOSITES: dict[Operator, Callable[..., Any]] = {}
-KINDS: dict[Operator, str] = {}
+KINDS: dict[Any, str] = {}  # looked up by the target of any node
 DEFAULT: list[Callable[[Operator], Rule]] = []  # one maker of rules for operators without: rules/fallback.py
 
 
@@ -55,7 +55,7 @@ def register(ops: Any, rule: Rule | Composite, kind: str | None = None) -> None:
             KINDS[op] = "composite"
         else:
             RULES[op] = rule
-            KINDS[op] = kind or getattr(rule, "kind", "own rule")
+            KINDS[op] = getattr(rule, "kind", "own rule") if kind is None else kind
 
 
 def rule_for(op: Operator) -> Rule:

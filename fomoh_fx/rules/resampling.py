@@ -98,10 +98,12 @@ def _grid_sampler(x: Tensor, grid: Tensor, mode: int, padding: int, align_corner
                 distance = coordinates[a] - lower[a]
                 share = distance if corner[a] else 1 - distance
                 weight = share if weight is None else weight * share
+        assert index is not None and inside is not None  # a point has a coordinate
         value = flat.gather(2, index.reshape(n, 1, -1).expand(n, channels, -1)).reshape(n, channels, *points)
         value = aten.where.ScalarOther(inside.unsqueeze(1), value, 0.0)
         value = value if weight is None else value * weight.unsqueeze(1)
         total = value if total is None else total + value
+    assert total is not None  # a point has a corner
     return total
 
 

@@ -67,9 +67,10 @@ def _logcumsumexp(components: Components, x: HyperDual, y: Tensor, dim: int) -> 
 
         def after(old: Part, new: Part, step: int = step) -> Part:
             """The first ``step`` elements as they are, and the new ones."""
-            if old is None and new is not None:
-                return padded(new, new.ndim + dim, step, 0)
-            return None if old is None else torch.cat([old.narrow(dim, 0, step), new], dim)
+            if old is None:
+                return None if new is None else padded(new, new.ndim + dim, step, 0)
+            assert new is not None  # has every component that the old ones have
+            return torch.cat([old.narrow(dim, 0, step), new], dim)
 
         z = _logaddexp(components, at(0), at(step))
         x = HyperDual(*map(after, (x.primal, x.tangent, x.cross), (z.primal, z.tangent, z.cross)))

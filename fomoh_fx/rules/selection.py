@@ -6,13 +6,13 @@ the extreme value of all elements shares equally, one along a dimension takes th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fomoh_fx.hyperdual import Components, HyperDual
+from fomoh_fx.hyperdual import Components, HyperDual, add
 from fomoh_fx.rules.indexing import gathered, over_stack
 from fomoh_fx.rules.joint import chosen
 from fomoh_fx.rules.linear import jointly, linear
@@ -105,7 +105,7 @@ register(aten.max_unpool3d.default, _unpool(3))
 # Extreme values that share equally among the elements that attain them.
 
 
-def shared(part: Tensor, attains: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
+def shared(part: Tensor, attains: Tensor, dims: list[int], keepdim: bool) -> Tensor:
     """The mean of the components over the elements that attain a value; ``dims`` count from the right."""
     total = aten.where.ScalarOther(attains, part, 0.0)
     return total.sum(dims, keepdim) / attains.sum(dims, keepdim) if dims else total
@@ -152,7 +152,8 @@ def _choice(takes: Callable[[Tensor, Tensor], Tensor], share: bool) -> Rule:
         one = chosen(takes(a, b), left, right)
         if not share or one is None:
             return one
-        both = left if right is None else right if left is None else left + right
+        both = add(left, right)
+        assert both is not None
         return torch.where(a == b, both * 0.5, one)
 
     return jointly(form, kind="selection")

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 class _Moments:
     """The averages under s along some dimensions, which are kept with size one."""
 
-    def __init__(self, components: Components, x: HyperDual, s: Tensor, over: Sequence[int]) -> None:
+    def __init__(self, components: Components, x: HyperDual, s: Tensor, over: list[int]) -> None:
         self.s, self.over = s, over
         self.m, self.u, self.q = None, None, x.cross
         if x.tangent is not None:
@@ -52,7 +52,7 @@ def _softmax(components: Components, x: HyperDual, y: Tensor, dim: int, *_: obje
 
 def _log_softmax(components: Components, x: HyperDual, y: Tensor, dim: int, *_: object) -> HyperDual:
     moments = _Moments(components, x, y.exp(), from_right(y, dim))
-    cross = None if moments.q is None else add(x.cross, -moments.q_average)
+    cross = None if moments.q is None else add(x.cross, -moments.average(moments.q))
     return HyperDual(y, moments.u, cross)
 
 
