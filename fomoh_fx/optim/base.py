@@ -147,8 +147,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
         names = {id(p): name for name, p in self._selected().items()}
         if isinstance(params, set):
             raise ArgumentError("params: a set has no order, so directions would not be reproducible; give a list")
-        named = []
-        for entry in [params] if isinstance(params, Tensor) else params:
+        named: list[tuple[str, nn.Parameter]] = []
+        entries: Iterable[Any] = [params] if isinstance(params, Tensor) else params
+        for entry in entries:
             p = entry[1] if isinstance(entry, tuple) else entry
             if id(p) not in names:
                 raise ArgumentError("params: there is one that is not among the model's parameters that hd.wrt selects")
