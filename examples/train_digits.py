@@ -93,7 +93,7 @@ def main():
 
     optimizer = FoMoHKD(hd, lr=options.lr, directions=options.directions, previous_step=True)
     losses, accuracies, start = [], [], time.perf_counter()
-    progress = tqdm(range(options.epochs or (40 if options.data else 300)), unit="epoch")
+    progress = tqdm(range(options.epochs or (40 if options.data else 300)), unit="epoch", disable=None)
     for _ in progress:
         for chosen in torch.randperm(len(images)).split(batch)[: len(images) // batch]:
             losses.append(optimizer.step(images[chosen], targets=(labels[chosen],)).item())

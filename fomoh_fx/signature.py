@@ -35,7 +35,7 @@ def signature_of(module: nn.Module, loss: Any, call: Call, seeds: Seeds) -> Sign
 
 
 def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
-    """The layout of a tensor that is not contiguous: a recorded view is legal for one layout only; Dynamo reads this."""
+    """The layout of a tensor that is not contiguous: a recorded view is legal for one layout. Dynamo reads this."""
     return None if tensor.is_contiguous() else tensor.stride()
 
 
