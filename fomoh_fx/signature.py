@@ -16,8 +16,9 @@ from fomoh_fx.seeds import Seeds
 class Signature:
     """What is equal for two calls that one specialisation serves; hashable.
 
-    ``shapes`` are those of the call's tensors; ``rest`` is everything else: the structure, dtypes, devices, layouts, arguments
-    that are not tensors, parameters, modes, and which inputs are seeded with how many directions.
+    ``shapes`` are those of the call's tensors; ``rest`` is everything else: the structure, dtypes, devices,
+    layouts, arguments that are not tensors, parameters, modes, and which inputs are seeded with how many
+    directions.
     """
 
     shapes: tuple[torch.Size, ...]
