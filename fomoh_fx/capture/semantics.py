@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture.control_flow import higher_order_operators
+from fomoh_fx.capture.untraceable import traceable
 from fomoh_fx.operators import FunctionCall
 
 ops = torch.ops.fomoh_fx
@@ -101,6 +102,7 @@ class ReverseModeSemantics(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(Tensor, self._own, (args, kwargs))
+        func = traceable(func, args)
         if _mutates(func) and args and isinstance(args[0], Tensor) and _is_real(args[0]):
             self._remember(args[0])
         if func in _STOPS or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]

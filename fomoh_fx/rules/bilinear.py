@@ -96,11 +96,11 @@ def _mm_pairs(components: Components, x: Tensor, w: Tensor) -> Tensor:
     """All K x K products [N, D] @ [D, M] as one [K*N, D] @ [D, K*M], or a trace's sum as one [N, K*D] @ [K*D, M]."""
     k = components.directions
     if components.second_order == "trace":
-        long = aten.mm(x.movedim(0, 1).reshape(x.shape[1], -1), fold(w))
+        long = aten.mm(x.movedim(0, 1).reshape(x.shape[1], k * x.shape[2]), fold(w))
         return long.unsqueeze(0) * 2
     if not components.spans_pairs:
         return aten.bmm(x, w) * 2
-    wide = aten.mm(fold(x), w.movedim(0, 1).reshape(w.shape[1], -1))
+    wide = aten.mm(fold(x), w.movedim(0, 1).reshape(w.shape[1], k * w.shape[2]))
     return components.gather(wide.reshape(k, x.shape[1], k, w.shape[2]), 0, 2)
 
 

@@ -39,12 +39,12 @@ def axis(dim: int, x: Tensor) -> int:
 
 def fold(stacked: Tensor) -> Tensor:
     """[K, N, ...] -> [K * N, ...]: the components as more samples of one batch."""
-    return stacked.reshape(-1, *stacked.shape[2:])
+    return stacked.reshape(stacked.shape[0] * stacked.shape[1], *stacked.shape[2:])  # -1 would refuse an empty batch
 
 
 def unfold(folded: Tensor, count: int) -> Tensor:
     """[K * N, ...] -> [K, N, ...]."""
-    return folded.reshape(count, -1, *folded.shape[1:])
+    return folded.reshape(count, folded.shape[0] // count, *folded.shape[1:])
 
 
 def active_positions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int | str]:

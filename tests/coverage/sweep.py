@@ -74,6 +74,7 @@ def _judge_together(group: Sequence[Case], verdict: Verdict, random: bool) -> No
                 _judge_together([case], verdict, random)
         elif isinstance(error, fomoh_fx.FomohError):
             confirmed = truth_of(group[0]) is not None
+            verdict.confirmed += confirmed
             verdict.add("refused" if confirmed else "no oracle", f"{group[0].name}: {_first_lines(error)}")
         else:
             verdict.add("crash", f"{group[0].name}: {type(error).__name__}: {_first_lines(error)}")
