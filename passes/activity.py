@@ -57,3 +57,9 @@ def ancestors(graph: fx.Graph, nodes: Collection[fx.Node]) -> frozenset[fx.Node]
     """The nodes and everything that they depend on."""
     flow = dependencies(graph)
     return frozenset(nodes).union(*(networkx.ancestors(flow, node) for node in nodes))
+
+
+def descendants(graph: fx.Graph, nodes: Collection[fx.Node]) -> frozenset[fx.Node]:
+    """The nodes and everything that depends on them, derivative or not."""
+    flow = dependencies(graph)
+    return frozenset(nodes).union(*(networkx.descendants(flow, node) for node in nodes))

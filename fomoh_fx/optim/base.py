@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from fomoh_fx import lower
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.hyperdual import HyperDual, SecondOrder
-from fomoh_fx.optim.directions import RandomDirections, Stacks
+from fomoh_fx.optim.directions import Batch, RandomDirections, Stacks
 from fomoh_fx.optim.skipped import SkippedSteps
 from fomoh_fx.seeds import selected_parameters
-from fomoh_fx.transform import HyperDualModule
+from fomoh_fx.transform import Curvature, HyperDualModule
 
 
 class ForwardOptimizer(torch.optim.Optimizer):
@@ -37,9 +37,11 @@ class ForwardOptimizer(torch.optim.Optimizer):
             (``requires_grad`` False).
         lr: each group's own scales that group's part of the step.
         weight_decay: decoupled, theta <- (1 - lr weight_decay) theta.
+        curvature: the one that is needed; None for that of ``hd``.
     """
 
     second_order: ClassVar[SecondOrder]
+    judges: bool = False  #: whether a step is looked at again after it was made, and may be taken back
 
     def __init__(
         self,
@@ -49,8 +51,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
         params: Iterable[Any] | None = None,
         lr: float | Tensor,
         weight_decay: float = 0.0,
+        curvature: Curvature | None = None,
     ) -> None:
-        self.hd = fitted(hd, self.second_order)
+        self.hd = fitted(hd, self.second_order, curvature)
         self.directions = directions
         self._skipped = SkippedSteps()
         at_least_zero("lr", lr)
@@ -73,17 +76,37 @@ class ForwardOptimizer(torch.optim.Optimizer):
             The loss before the step. Where it, a derivative or the step is not finite, the parameters stay as they
             are and the step is counted in :attr:`skipped`.
         """
-        directions = self.directions.propose(self._trained())
-        value = self.hd(*args, tangents=directions, targets=targets, **kwargs)
+        batch = Batch(args, kwargs, tuple(targets or ()))
+        directions = self.directions.propose(self._trained(), batch)
+        value = self.evaluate(directions, batch, targets)
         loss = scalar_of(value)
         kappa = self.coefficients(value)
         steps = {name: torch.tensordot(kappa.to(v), v, 1) for name, v in directions.items()}
         valid = _all_finite(
             [loss, value.tangent, kappa, *([] if value.cross is None else [value.cross]), *steps.values()]
         )
-        self.directions.observe(directions, self._move(steps, valid))
+        before = [p.clone() for p in self._trained().values()] if self.judges else []
+        moved = self._move(steps, valid)
+        if self.judges:
+            stays = self.accepts(batch, value, kappa)
+            moved = self._taken_back(before, moved, stays)
+        self.directions.observe(directions, moved)
         self._skipped.count(~valid)
         return loss
+
+    def evaluate(self, directions: Stacks, batch: Batch, targets: Sequence[Any] | None) -> HyperDual:
+        """The loss with its components along the directions."""
+        return self.hd(*batch.args, tangents=directions, targets=targets, **batch.kwargs)
+
+    def accepts(self, batch: Batch, value: HyperDual, kappa: Tensor) -> Tensor:
+        """Whether the step that was just made stays, where the optimizer ``judges``: a 0-dim bool."""
+        raise NotImplementedError
+
+    def _taken_back(self, before: Sequence[Tensor], moved: Stacks, stays: Tensor) -> Stacks:
+        """The parameters as they were unless the step stays; the change that is left."""
+        for p, old in zip(self._trained().values(), before, strict=True):
+            p.copy_(torch.where(stays.to(p.device), p, old))
+        return {name: torch.where(stays.to(v.device), v, 0) for name, v in moved.items()}
 
     @property
     def skipped(self) -> int:
@@ -157,18 +180,17 @@ class ForwardOptimizer(torch.optim.Optimizer):
         return named
 
 
-def fitted(hd: Any, second_order: SecondOrder) -> HyperDualModule:
+def fitted(hd: Any, second_order: SecondOrder, curvature: Curvature | None = None) -> HyperDualModule:
     """The module itself where it has these second-order components, otherwise one that has, lowered alike."""
     module = getattr(hd, "_orig_mod", hd)  # what torch.compile(hd) wraps
     if not isinstance(module, HyperDualModule):
         raise ArgumentError(f"hd: expected the result of fomoh_fx.transform, got {type(hd).__name__}")
     if module.wrt == "inputs":
         raise ArgumentError('hd: was transformed with wrt="inputs"; training needs derivatives in the parameters')
-    if module is hd and module.second_order == second_order:
+    curvature = curvature or module.curvature
+    if module is hd and (module.second_order, module.curvature) == (second_order, curvature):
         return module
-    made = HyperDualModule(
-        module.model, module.loss, wrt=module.wrt, second_order=second_order, curvature=module.curvature
-    )
+    made = HyperDualModule(module.model, module.loss, wrt=module.wrt, second_order=second_order, curvature=curvature)
     made.lowering = module.lowering if module is hd else lower.inductor
     return made
 

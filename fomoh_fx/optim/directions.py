@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,6 +59,15 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a step is given: the model's arguments and the loss's targets."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: tuple[Any, ...]
+
+
 class RandomDirections:
     """K random directions for each step; with ``previous_step`` the last of them is the step before, normalised.
 
@@ -83,7 +93,7 @@ class RandomDirections:
         self._generators: dict[str, torch.Generator] = {}
         self._previous: Stacks = {}
 
-    def propose(self, parameters: Mapping[str, Tensor]) -> Stacks:
+    def propose(self, parameters: Mapping[str, Tensor], batch: Batch | None = None) -> Stacks:
         """The directions of the next step: name -> ``[K, *shape]``."""
         drawn = self.sampler(parameters, self.count, self._generator)
         for name, v in drawn.items():

@@ -49,6 +49,37 @@ def saddle_free(g: Tensor, h: Tensor, floor: float = 1e-5) -> Tensor:
     return -vectors @ ((vectors.mT @ g) / torch.maximum(absolute, least))
 
 
+class LevenbergMarquardt:
+    """kappa = -(H + damping diag H)^-1 g, damped as much as the last steps ask for (Levenberg 1944, Marquardt 1963).
+
+    After a step, :meth:`observe` compares the actual decrease of the loss with the one that the plane predicted:
+    below a quarter of it the damping grows, above three quarters it shrinks. Nothing waits for the device.
+
+    Args:
+        damping: at the start.
+        factor: by which it grows and shrinks.
+        least, most: its bounds.
+    """
+
+    def __init__(self, damping: float = 1e-3, factor: float = 1.5, least: float = 1e-4, most: float = 1e4) -> None:
+        self.damping = torch.tensor(damping, dtype=torch.float64)
+        self.factor, self.least, self.most = factor, least, most
+
+    def __call__(self, g: Tensor, h: Tensor) -> Tensor:
+        curvature = h.diagonal().abs()
+        scale = torch.where(curvature > 0, curvature, 1).rsqrt()
+        damped = h * scale.outer(scale) + self.damping.to(h) * torch.eye(len(g), dtype=h.dtype, device=h.device)
+        solution, _ = torch.linalg.solve_ex(damped, -g * scale)
+        return solution * scale
+
+    def observe(self, actual: Tensor, predicted: Tensor) -> None:
+        """The changes of the loss, negative where it fell; one that is not finite counts as a failure."""
+        ratio = torch.where(predicted < 0, actual / predicted, torch.nan)
+        grown, shrunk = self.damping.to(ratio) * self.factor, self.damping.to(ratio) / self.factor
+        same = torch.where(ratio > 0.75, shrunk, self.damping.to(ratio))
+        self.damping = torch.where(ratio >= 0.25, same, grown).clamp(self.least, self.most)
+
+
 SOLVERS: dict[str, Solver] = {
     "jitter": jitter,
     "saddle_free": saddle_free,
