@@ -79,12 +79,7 @@ class ActivityDirections(RandomDirections):
         """The random state, the averages, the matrices B and the step before."""
         own = {"feedback": self.feedback, "averages": self.averages, "squares": self.squares}
         copies = {name: dict(stacks) for name, stacks in own.items()}
-        return {
-            **super().state_dict(),
-            **{k: dict(v) for k, v in own.items()},
-            "guesses": self.guesses,
-            "length": self.length,
-        }
+        return {**super().state_dict(), **copies, "guesses": self.guesses, "length": self.length}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

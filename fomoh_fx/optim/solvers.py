@@ -53,17 +53,20 @@ class LevenbergMarquardt:
     """kappa = -(H + damping diag H)^-1 g, damped as much as the last steps ask for (Levenberg 1944, Marquardt 1963).
 
     After a step, :meth:`observe` compares the actual decrease of the loss with the one that the plane predicted:
-    below a quarter of it the damping grows, above three quarters it shrinks. Nothing waits for the device.
+    below a quarter of it the damping grows, to 0.1 at least; above three quarters it shrinks. Nothing waits for the
+    device.
 
     Args:
         damping: at the start.
-        factor: by which it grows and shrinks.
+        growth, decay: the factors by which it grows and shrinks.
         least, most: its bounds.
     """
 
-    def __init__(self, damping: float = 1e-3, factor: float = 1.5, least: float = 1e-4, most: float = 1e4) -> None:
+    def __init__(
+        self, damping: float = 0.1, growth: float = 4.0, decay: float = 0.7, least: float = 1e-4, most: float = 1e4
+    ) -> None:
         self.damping = torch.tensor(damping, dtype=torch.float64)
-        self.factor, self.least, self.most = factor, least, most
+        self.growth, self.decay, self.least, self.most = growth, decay, least, most
 
     def __call__(self, g: Tensor, h: Tensor) -> Tensor:
         curvature = h.diagonal().abs()
@@ -74,10 +77,11 @@ class LevenbergMarquardt:
 
     def observe(self, actual: Tensor, predicted: Tensor) -> None:
         """The changes of the loss, negative where it fell; one that is not finite counts as a failure."""
+        damping = self.damping.to(actual)
         ratio = torch.where(predicted < 0, actual / predicted, torch.nan)
-        grown, shrunk = self.damping.to(ratio) * self.factor, self.damping.to(ratio) / self.factor
-        same = torch.where(ratio > 0.75, shrunk, self.damping.to(ratio))
-        self.damping = torch.where(ratio >= 0.25, same, grown).clamp(self.least, self.most)
+        grown = (damping * self.growth).clamp(min=0.1)
+        kept = torch.where(ratio > 0.75, damping * self.decay, damping)
+        self.damping = torch.where(ratio >= 0.25, kept, grown).clamp(self.least, self.most)
 
 
 SOLVERS: dict[str, Solver] = {
