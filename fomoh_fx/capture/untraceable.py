@@ -1,6 +1,6 @@
-"""Functions whose implementation in PyTorch branches on data although their result needs none of it.
+"""Functions whose implementation in PyTorch branches on what their result does not need: data, or ``requires_grad``.
 
-A frontend cannot trace them; while a model is captured, the same mathematics runs in their place.
+A frontend cannot trace them, or assumes too much; while a model is captured, the same mathematics runs in their place.
 """
 
 from __future__ import annotations
@@ -50,13 +50,27 @@ def _combinations(input: Tensor, r: int = 2, with_replacement: bool = False) -> 
     return input[torch.tensor(chosen, dtype=torch.int64, device=input.device)].reshape(len(chosen) // max(r, 1), r)
 
 
+def _masked_select(input: Tensor, mask: Tensor) -> Tensor:
+    """PyTorch bounds the number of selected elements by the input's, before it is broadcast to the mask."""
+    return torch.masked_select(*torch.broadcast_tensors(input, mask))
+
+
+def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+    """The chunked form computes a gradient beforehand, for those inputs that require one."""
+    return torch.nn.functional.linear_cross_entropy(*args, **kwargs)
+
+
 _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.cov: _covariance,
     torch.Tensor.cov: _covariance,
     torch.corrcoef: _correlation,
     torch.Tensor.corrcoef: _correlation,
     torch.combinations: _combinations,
+    torch.masked_select: _masked_select,
+    torch.Tensor.masked_select: _masked_select,
 }
+if hasattr(torch.nn.functional, "linear_cross_entropy"):  # since torch 2.13
+    _BODIES[torch.nn.functional.linear_cross_entropy] = _linear_cross_entropy
 
 
 def traceable(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:

@@ -118,6 +118,8 @@ def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
 
 def _masked_select(x: Tensor, mask: Tensor) -> Tensor:
     x, mask = torch.broadcast_tensors(x, mask)
+    if x.ndim == 0:
+        x, mask = x.reshape(1), mask.reshape(1)
     return aten.index.Tensor(x, list(mask.nonzero().unbind(1)))
 
 

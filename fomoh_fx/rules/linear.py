@@ -129,6 +129,8 @@ def storage_index(
     if not x.permute(order).is_contiguous():
         raise UnsupportedOpError("as_strided of a tensor with gaps or overlaps in its storage: index it instead")
     start = 0 if offset is None else offset - x.storage_offset()
+    if start < 0 or start + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) >= max(x.numel(), 1):
+        raise UnsupportedOpError("as_strided reaches elements of the storage outside of its argument: index the whole")
     positions = torch.arange(x.numel(), device=x.device)
     return order, aten.as_strided.default(positions, size, stride, start)
 

@@ -58,6 +58,11 @@ class Case:
         return not all(torch.equal(v, values[0]) or v.isnan() for v in values)
 
     @property
+    def tolerance(self) -> float:
+        """Of a comparison with reverse mode: 1e-8 in double precision, 1e-5 where an input is in single precision."""
+        return 1e-8 if all(x.dtype in (torch.float64, torch.complex128) for x in self.points) else 1e-5
+
+    @property
     def points(self) -> list[Tensor]:
         """The active inputs."""
         return [x for x, active in zip(self.inputs, self.active, strict=True) if active]

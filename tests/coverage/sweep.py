@@ -84,8 +84,10 @@ def _judge_together(group: Sequence[Case], verdict: Verdict, random: bool) -> No
         primal = case.projected(*case.points)
         differs = _differs(expansion.primal, primal)
         redrawn = differs and random  # the graph draws other numbers than eager mode: it is compared with itself
-        truth = confirmed_truth(evaluate, case.points, directions_of(case)) if redrawn else truth_of(case)
-        if truth is None:
+        truth = (
+            confirmed_truth(evaluate, case.points, directions_of(case), case.tolerance) if redrawn else truth_of(case)
+        )
+        if truth is None or not primal.isfinite():
             verdict.add("no oracle")
             continue
         verdict.confirmed += 1
@@ -103,7 +105,7 @@ def _judge_together(group: Sequence[Case], verdict: Verdict, random: bool) -> No
 
 def truth_of(case: Case) -> Truth | None:
     """The confirmed truth of the projection of a case."""
-    return confirmed_truth(case.projected, case.points, directions_of(case))
+    return confirmed_truth(case.projected, case.points, directions_of(case), case.tolerance)
 
 
 def directions_of(case: Case) -> list[Tensor]:

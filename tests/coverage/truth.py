@@ -35,13 +35,13 @@ class Truth:
 
 
 def confirmed_truth(
-    function: Callable[..., Tensor], xs: Sequence[Tensor], directions: Sequence[Tensor]
+    function: Callable[..., Tensor], xs: Sequence[Tensor], directions: Sequence[Tensor], tolerance: float
 ) -> Truth | None:
     """Reverse-over-reverse where finite differences agree with it or have no value, differences where two steps agree.
 
     Reverse mode has the last word on its own conventions only where it is the only one to answer.
     """
-    reverse = _reverse(function, xs, directions)
+    reverse = _reverse(function, xs, directions, tolerance)
     coarse = _differences(function, xs, directions, STEPS[0])
     if reverse is not None and (coarse is None or coarse.confirms(reverse)):
         return reverse
@@ -53,12 +53,14 @@ def confirmed_truth(
     return None
 
 
-def _reverse(function: Callable[..., Tensor], xs: Sequence[Tensor], directions: Sequence[Tensor]) -> Truth | None:
+def _reverse(
+    function: Callable[..., Tensor], xs: Sequence[Tensor], directions: Sequence[Tensor], tolerance: float
+) -> Truth | None:
     try:
         _, tangents, crosses = reverse_over_reverse(function, xs, directions)
     except Exception:  # no derivative of the derivative, or none at all
         return None
-    truth = Truth(tangents, crosses, 1e-8)
+    truth = Truth(tangents, crosses, tolerance)
     return truth if truth.finite else None
 
 
