@@ -254,6 +254,8 @@ def _gradients(
     fits: list[Tensor] = []
     for p in plan.points:
         value = values[p.point.node]
+        if id(p) in seeds:
+            seeds = {**seeds, id(p): _carrying(p.point, seeds[id(p)], module, values)}
         if plan.output is not None and p.point.node is plan.output.point.node:
             assert output is not None
             delta = output
@@ -281,6 +283,19 @@ def _delta(
     residual = (p.grouping.spread(d, p.shape) * stack).sum(0)
     residual = residual if p.exact else residual / p.directions
     return (residual if base is None else base + residual), residual
+
+
+def _carrying(point: Point, stack: Tensor, module: fx.GraphModule, values: Values) -> Tensor:
+    """The perturbations without those of elements that no site's value reaches: units that are off."""
+    if not any(is_diagonal(user, node) for user, node in point.edges):
+        return stack
+    reached: Tensor | None = None
+    for site in point.sites:
+        ones = torch.ones_like(values[site]).unsqueeze(0)
+        (slope,) = [ones] if site is point.node else Tail(module, values, site, [point.node], 1).tangents(ones)
+        if slope is not None:
+            reached = slope != 0 if reached is None else reached | (slope != 0)
+    return stack if reached is None else stack * reached.to(stack.dtype)
 
 
 def _fit(z: Tensor, residual: Tensor) -> list[Tensor]:

@@ -27,11 +27,15 @@ Edge = tuple[fx.Node, fx.Node]  # a value, and the argument of its operator that
 
 @dataclass
 class Point:
-    """A value at which a gradient is guessed, and the way back from it to its parameters, as edges of the graph."""
+    """A value at which a gradient is guessed, and the way back from it to its parameters, as edges of the graph.
+
+    ``sites`` are the values where the parameters act: the first on each way that differ from sample to sample.
+    """
 
     node: fx.Node
     edges: set[Edge] = field(default_factory=set)
     parameters: dict[fx.Node, None] = field(default_factory=dict)
+    sites: dict[fx.Node, None] = field(default_factory=dict)
 
 
 def find_points(graph: fx.Graph, parameters: Sequence[fx.Node], data: Sequence[fx.Node], loss: fx.Node) -> list[Point]:
@@ -51,6 +55,7 @@ def find_points(graph: fx.Graph, parameters: Sequence[fx.Node], data: Sequence[f
             point = found.setdefault(end, Point(end))
             point.edges.update(edges)
             point.parameters[parameter] = None
+            point.sites[next((user for user, _ in edges if user in sampled), end)] = None
     order = {node: i for i, node in enumerate(graph.nodes)}
     return sorted(found.values(), key=lambda p: order[p.node], reverse=True)
 
