@@ -17,7 +17,7 @@ class Signature:
     """What is equal for two calls that one specialisation serves; hashable.
 
     ``shapes`` are those of the call's tensors; ``rest`` is everything else: the structure, dtypes, devices,
-    layouts, arguments that are not tensors, parameters, modes, and which inputs are seeded with how many
+    layouts, arguments that are not tensors, parameters, settings, modes, and which inputs are seeded with how many
     directions.
     """
 
@@ -31,13 +31,25 @@ def signature_of(module: nn.Module, loss: Any, call: Call, seeds: Seeds) -> Sign
     state = tuple((t.shape, t.dtype, t.device, strides_of(t)) for t in (*module.parameters(), *module.buffers()))
     others = tuple((type(o), _hashable(o)) for o in call.others)
     default = torch.get_default_dtype()
-    rest = (call.spec, kinds, others, state, tuple(modes_of(module, loss)), default, seeds.owners, seeds.directions)
+    settings = settings_of(module) + (settings_of(loss) if isinstance(loss, nn.Module) else ())
+    modes = tuple(modes_of(module, loss))
+    rest = (call.spec, kinds, others, state, settings, modes, default, seeds.owners, seeds.directions)
     return Signature(tuple(t.shape for t in call.tensors), rest)
 
 
 def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
     """The layout of a tensor that is not contiguous: a recorded view is legal for one layout. Dynamo reads this."""
     return None if tensor.is_contiguous() else tensor.stride()
+
+
+def settings_of(module: nn.Module) -> tuple[Any, ...]:
+    """The plain attributes of every submodule (a dropout's rate, a norm's epsilon), which a graph holds as constants."""
+    return tuple(
+        (name, type(value), value)
+        for submodule in module.modules()
+        for name, value in vars(submodule).items()
+        if value is None or type(value) in (bool, int, float, str)
+    )
 
 
 def modes_of(module: nn.Module, loss: Any) -> list[Any]:

@@ -619,3 +619,15 @@ def test_deepcopy_and_pickle(net: Net) -> None:
             other.first.weight.zero_()
         assert net.first.weight.abs().sum() > 0 and other.model.first.weight.abs().sum() == 0
         assert not close(other(x, tangents=tangents, targets=(r(5, 2) * 0,)).primal, expected.primal)
+
+
+def test_settings_of_a_module_are_part_of_the_signature() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.0), nn.LeakyReLU(0.1))
+    hd, x = transform(net), torch.randn(5, 3)
+    tangents = {"0.weight": torch.randn(1, 4, 3)}
+    for slope in (0.1, 0.3, 0.1):
+        net[2].negative_slope = slope
+        assert close(hd(x, tangents=tangents).primal, net(x), 1e-6)
+    assert len(hd._traced) == 2
+    net[1].p = 1.0
+    assert not hd(x, tangents=tangents).primal.any()
