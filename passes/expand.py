@@ -8,7 +8,6 @@ is copied as it is, so a structural zero is never computed.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +20,7 @@ from fomoh_fx.errors import FomohError, UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined, primal_of
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.label import label, renamed
-from fomoh_fx.passes.normalize import inputs_of
+from fomoh_fx.passes.normalize import explained, inputs_of, last_line
 from fomoh_fx.passes.retrace import last_node, retrace
 from fomoh_fx.rules.registry import Operator, rule_for
 
@@ -82,22 +81,17 @@ class Expander(fx.Interpreter):
             return target(*primal_of(tuple(args)), **primal_of(dict(kwargs)))
         if any(isinstance(x, Undefined) for x in pytree.tree_leaves((args, kwargs))):
             reason = "an argument is an output of another operator for which PyTorch defines no derivative"
-            raise UnsupportedOpError(_explained(n, reason))
+            raise UnsupportedOpError(explained(n, reason))
         components = self.tangents_only if n in self.scope.first_order else self.components
         try:
             result = rule_for(target)(target, components, *args, **kwargs)
+            return pytree.tree_map(
+                lambda x: _settled(x, components), result, is_leaf=lambda x: isinstance(x, HyperDual)
+            )
         except FomohError as error:
-            raise type(error)(_explained(n, str(error))) from error
+            raise type(error)(explained(n, str(error))) from error
         except Exception as error:
-            reason = traceback.format_exception_only(error)[-1].strip()
-            raise UnsupportedOpError(_explained(n, f"its rule failed with {reason}")) from error
-        return pytree.tree_map(lambda x: _settled(x, components), result, is_leaf=lambda x: isinstance(x, HyperDual))
-
-
-def _explained(node: fx.Node, reason: str) -> str:
-    source = provenance.of(node).source
-    where = f"\n  at {source}" if source else ""
-    return f"operator {node.target}: {reason}{where}\n  fomoh_fx.register_rule({node.target}, rule) gives it a rule"
+            raise UnsupportedOpError(explained(n, f"its rule failed with {last_line(error)}")) from error
 
 
 def _settled(x: Any, components: Components) -> Any:

@@ -8,6 +8,7 @@ assertions on shapes and dtypes are dropped. Inactive operators stay whole: nobo
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import fx
 from torch._decomp import core_aten_decompositions
 
+from fomoh_fx.errors import FomohError, UnsupportedOpError
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.retrace import is_composite_implicit, last_node, recorded_nodes, retrace
 from fomoh_fx.rules.registry import COMPOSITES, RULES
@@ -49,7 +51,12 @@ class _Normalizer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         before = last_node()
         self.table.active = n in self.active and n.target not in RULES
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except FomohError as error:
+            raise type(error)(explained(n, str(error))) from error
+        except Exception as error:
+            raise UnsupportedOpError(explained(n, f"its body failed with {last_line(error)}")) from error
         source = provenance.of(n).source
         for node in recorded_nodes(before):
             node.meta[provenance.KEY] = provenance.Provenance(node.name, "primal", source)
@@ -68,6 +75,18 @@ class _Normalizer(fx.Interpreter):
         if self.table.active and is_composite_implicit(target):
             return target.decompose(*args, **kwargs)
         return target(*args, **kwargs)
+
+
+def explained(node: fx.Node, reason: str) -> str:
+    """The text of an error about a node: the operator, the reason, the user's line, what to do."""
+    source = provenance.of(node).source
+    where = f"\n  at {source}" if source else ""
+    return f"operator {node.target}: {reason}{where}\n  fomoh_fx.register_rule({node.target}, rule) gives it a rule"
+
+
+def last_line(error: Exception) -> str:
+    """The type and the message of an error that is not ours."""
+    return traceback.format_exception_only(error)[-1].strip()
 
 
 def normalize(module: fx.GraphModule, active: frozenset[fx.Node]) -> fx.GraphModule:

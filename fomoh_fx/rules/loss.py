@@ -84,6 +84,8 @@ def _weighted(x: Tensor, weight: Tensor | None, dim: int) -> Tensor:
 
 def _multilabel_margin(x: Tensor, target: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
     """sum max(0, 1 - x_t + x_c) / C over the labels t before the first -1 and the classes c that are none of them."""
+    if x.ndim == 0:
+        x, target = x.reshape(1), target.reshape(1)
     classes = torch.arange(x.shape[-1], device=x.device)
     valid = (target < 0).cumsum(-1) == 0
     index = aten.where.ScalarOther(valid, target, 0)
