@@ -43,7 +43,7 @@ def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def settings_of(module: nn.Module) -> tuple[Any, ...]:
-    """The plain attributes of every submodule (a dropout's rate, a norm's epsilon), which a graph holds as constants."""
+    """The plain attributes of every submodule (a dropout's rate, a norm's epsilon): constants of the graph."""
     return tuple(
         (name, type(value), value)
         for submodule in module.modules()
