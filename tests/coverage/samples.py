@@ -12,7 +12,6 @@ from torch.testing._internal import common_methods_invocations as database
 from torch.testing._utils import wrapper_set_seed
 from torch.utils import _pytree as pytree
 
-
 TOLERANCES = {
     **dict.fromkeys((torch.float64, torch.complex128), 1e-8),
     **dict.fromkeys((torch.float32, torch.complex64), 1e-5),

@@ -1,67 +1,59 @@
 """Judging one operator: exact on every confirmed sample, refused by a named error, without oracle, or wrong.
 
-Samples are transformed together, a dozen in one function, because a capture costs as much as many operators; where
-one of them is refused, and where values are random, each is transformed on its own.
+Samples are transformed together where possible; where one of them is refused, and where values are random, each is
+transformed on its own.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._export import utils as export_utils
 
 import fomoh_fx
-from fomoh_fx.passes.activity import analyse
-from fomoh_fx.passes.normalize import inputs_of, results_of
-from fomoh_fx.rules.registry import COMPOSITES, KINDS, RULES, Operator
+from tests.coverage.expansion import directions_of, expand, quick_capture
 from tests.coverage.isolation import isolated
 from tests.coverage.samples import Case, cases, operators
 from tests.coverage.table import Verdict
 from tests.coverage.truth import Truth, confirmed_truth
 from tests.oracle import relative_error
 
-K = 2
 TOGETHER = 12
-TIMEOUT = 600.0  # seconds for all samples of one operator
+TIMEOUT = 900.0  # seconds for all samples of one operator
+Judge = Callable[[str, Any, int | None], Verdict]
+
+#: Where reverse mode's own convention decides, which differences do not know.
+BY_CONVENTION = {
+    "normal": "a draw has no derivative in its parameters",
+    "normal.number_mean": "a draw has no derivative in its parameters",
+}
 
 
-@dataclass
-class Expansion:
-    """What the expansion computes for one case: the projections of primal, tangents [K] and crosses [K, K]."""
-
-    primal: Tensor
-    tangents: Tensor
-    crosses: Tensor
-
-
-def judge_all(names: Sequence[str], most: int | None = None, jobs: int = 2) -> Iterator[Verdict]:
+def judge_all(names: Sequence[str], judge_one: Judge, most: int | None = None, jobs: int = 2) -> Iterator[Verdict]:
     """Each operator in a process of its own, as they finish."""
     known = operators()
     torch.set_num_threads(1)
-    with _quick_capture():
+    torch._logging.set_logs(all=logging.CRITICAL)
+    with quick_capture(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         fomoh_fx.transform(torch.sin, wrt="inputs")(torch.ones(1), tangents=(torch.ones(1, 1),))  # loads what is lazy
-        for name, result in isolated(lambda name: judge(name, known[name], most), names, jobs, TIMEOUT):
+        for name, result in isolated(lambda name: judge_one(name, known[name], most), names, jobs, TIMEOUT):
             yield result if isinstance(result, Verdict) else Verdict(name, "crash", reason=result)
 
 
-def judge(name: str, op: Any, most: int | None = None) -> Verdict:
+def judge(name: str, op: Any, most: int | None = None, dtype: torch.dtype = torch.float64) -> Verdict:
     """Compare the expansion with the oracles on all samples (at most ``most``)."""
     verdict = Verdict(name)
-    with warnings.catch_warnings(), _quick_capture():
-        warnings.simplefilter("ignore")
-        samples = list(cases(name, op, most=most))
-        verdict.samples = len(samples)
-        random = any(case.is_random for case in samples)
-        together = 1 if random else TOGETHER
-        for start in range(0, len(samples), together):
-            _judge_together(samples[start : start + together], verdict, random)
+    samples = list(cases(name, op, dtype, most))
+    verdict.samples = len(samples)
+    random = any(case.is_random for case in samples)
+    together = 1 if random else TOGETHER
+    for start in range(0, len(samples), together):
+        _judge_together(samples[start : start + together], verdict, random)
     return verdict
 
 
@@ -82,11 +74,9 @@ def _judge_together(group: Sequence[Case], verdict: Verdict, random: bool) -> No
     verdict.served = sorted({*verdict.served, *kinds})
     for case, expansion in zip(group, found, strict=True):
         primal = case.projected(*case.points)
-        differs = _differs(expansion.primal, primal)
+        differs = _differs(expansion.primal, primal, case.tolerance)
         redrawn = differs and random  # the graph draws other numbers than eager mode: it is compared with itself
-        truth = (
-            confirmed_truth(evaluate, case.points, directions_of(case), case.tolerance) if redrawn else truth_of(case)
-        )
+        truth = truth_of(case, evaluate if redrawn else None)
         if truth is None or not primal.isfinite():
             verdict.add("no oracle")
             continue
@@ -95,101 +85,23 @@ def _judge_together(group: Sequence[Case], verdict: Verdict, random: bool) -> No
         if differs and not redrawn:
             verdict.add("wrong", f"{case.name}: value off by {relative_error(expansion.primal, primal):.1e}")
         elif max(errors) > truth.tolerance:
-            kind = "differences" if truth.tolerance > 1e-6 else "reverse"
-            verdict.add(
-                "wrong", f"{case.name}: tangent off by {errors[0]:.1e}, cross by {errors[1]:.1e} (truth by {kind})"
-            )
+            reason = f"tangent off by {errors[0]:.1e}, cross by {errors[1]:.1e}, of {truth.source}"
+            verdict.add("wrong", f"{case.name}: {reason}")
         else:
             verdict.add("exact")
 
 
-def truth_of(case: Case) -> Truth | None:
-    """The confirmed truth of the projection of a case."""
-    return confirmed_truth(case.projected, case.points, directions_of(case), case.tolerance)
+def truth_of(case: Case, function: Callable[..., Tensor] | None = None) -> Truth | None:
+    """The confirmed truth of the projection of a case, or of another function of its inputs."""
+    by_convention = case.name.partition("[")[0] in BY_CONVENTION
+    return confirmed_truth(
+        function or case.projected, case.points, directions_of(case), case.tolerance, not by_convention
+    )
 
 
-def directions_of(case: Case) -> list[Tensor]:
-    """K fixed random directions for each active input."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(K, *x.shape, dtype=_double(x), generator=generator).to(x.dtype) for x in case.points]
-
-
-def _double(x: Tensor) -> torch.dtype:
-    return torch.complex128 if x.is_complex() else torch.float64
-
-
-def expand(group: Sequence[Case]) -> tuple[list[Expansion], Callable[..., Tensor], set[str]]:
-    """Transform the cases as one function: their expansions, the first one's own value, and how it was served."""
-
-    def function(*values: Tensor) -> list[list[Tensor]]:
-        given = iter(values)
-        return [case.function(*islice(given, len(case.inputs))) for case in group]
-
-    inputs = [x for case in group for x in case.inputs]
-    tangents: list[Tensor | None] = []
-    for case in group:
-        given = iter(directions_of(case))
-        tangents += [next(given) if active else None for active in case.active]
-    hd = fomoh_fx.transform(function, wrt="inputs")
-
-    def run(values: Sequence[Tensor]) -> fomoh_fx.HyperDual:
-        hd.trace(*values, tangents=tuple(tangents))  # before the seed is set: tracing may draw
-        torch.manual_seed(0)
-        return hd(*values, tangents=tuple(tangents))
-
-    out = run(inputs)
-    found = [
-        Expansion(case.project(p), case.project(t, 1), case.project(c, 2))
-        for case, p, t, c in zip(group, out.primal, out.tangent, out.hessian(), strict=True)
-    ]
-    return found, lambda *values: group[0].project(run(group[0].filled(values)).primal[0]), served_by(hd.latest)
-
-
-def served_by(specialization: Any) -> set[str]:
-    """The kinds of rules of the captured operators on active paths.
-
-    ``composite`` is a body of our own, ``decomposed`` one of PyTorch's, ``synthesised`` a rule from PyTorch's
-    derivative formula.
-    """
-    program, stages = specialization.program, specialization.stages
-    graph = stages["capture"].graph
-    seeds = [inputs_of(stages["capture"])[i] for i in specialization.seeds.positions(program)]
-    active = analyse(graph, seeds, results_of(stages["capture"])).active
-    kept = {node.target for node in stages["normalize"].graph.nodes}
-    kinds = set()
-    for node in active:
-        if isinstance(node.target, Operator):
-            unknown = "synthesised" if node.target in kept else "decomposed"
-            body = "composite" if node.target in COMPOSITES else unknown
-            kinds.add(KINDS.get(node.target, "own rule") if node.target in RULES else body)
-    for node in stages["normalize"].graph.nodes:  # what PyTorch's decompositions led to
-        if isinstance(node.target, Operator) and node.target not in RULES and _is_expanded(node, specialization):
-            kinds.add("synthesised")
-    return kinds
-
-
-def _is_expanded(node: torch.fx.Node, specialization: Any) -> bool:
-    stages, program = specialization.stages, specialization.program
-    seeds = [inputs_of(stages["normalize"])[i] for i in specialization.seeds.positions(program)]
-    return node in analyse(stages["normalize"].graph, seeds, results_of(stages["normalize"])).active
-
-
-def _differs(actual: Tensor, expected: Tensor) -> bool:
-    same = torch.isclose(actual, expected.detach(), rtol=1e-9, atol=1e-9, equal_nan=True)
-    return not bool(same.all())
+def _differs(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return not bool(torch.isclose(actual, expected.detach(), rtol=tolerance, atol=tolerance, equal_nan=True).all())
 
 
 def _first_lines(error: Exception) -> str:
     return " ".join(str(error).split("\n")[:2])[:240]
-
-
-@contextmanager
-def _quick_capture() -> Iterator[None]:
-    """Export asks the dispatcher for its composite operators five times a capture; here they are known already."""
-    export_utils._materialize_cpp_cia_ops()
-    before = export_utils._materialize_cpp_cia_ops
-    export_utils._materialize_cpp_cia_ops = lambda: None
-    try:
-        yield
-    finally:
-        export_utils._materialize_cpp_cia_ops = before

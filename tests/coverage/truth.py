@@ -19,6 +19,7 @@ class Truth:
     tangents: Tensor
     crosses: Tensor
     tolerance: float
+    source: str
 
     def errors(self, tangents: Tensor, crosses: Tensor) -> tuple[float, float]:
         """The relative errors of other tangents and crosses."""
@@ -35,14 +36,18 @@ class Truth:
 
 
 def confirmed_truth(
-    function: Callable[..., Tensor], xs: Sequence[Tensor], directions: Sequence[Tensor], tolerance: float
+    function: Callable[..., Tensor],
+    xs: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    tolerance: float,
+    differences: bool = True,
 ) -> Truth | None:
     """Reverse-over-reverse where finite differences agree with it or have no value, differences where two steps agree.
 
-    ``tolerance`` is reverse mode's own; in less than double precision it stands alone.
+    ``tolerance`` is reverse mode's own; in less than double precision, and without ``differences``, it stands alone.
     """
     reverse = _reverse(function, xs, directions, tolerance)
-    if tolerance > 1e-8:  # a difference of rounded values says nothing
+    if tolerance > 1e-8 or not differences:  # a difference of rounded values says nothing
         return reverse
     coarse = _differences(function, xs, directions, STEPS[0])
     if reverse is not None and (coarse is None or coarse.confirms(reverse)):
@@ -62,7 +67,7 @@ def _reverse(
         _, tangents, crosses = reverse_over_reverse(function, xs, directions)
     except Exception:  # no derivative of the derivative, or none at all
         return None
-    truth = Truth(tangents, crosses, tolerance)
+    truth = Truth(tangents, crosses, tolerance, "reverse mode")
     return truth if truth.finite else None
 
 
@@ -73,7 +78,7 @@ def _differences(
         _, tangents, crosses = finite_differences(function, xs, directions, step)
     except Exception:
         return None
-    truth = Truth(tangents, crosses, 1e-3)
+    truth = Truth(tangents, crosses, 1e-3, "differences")
     return truth if truth.finite else None
 
 
