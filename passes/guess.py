@@ -330,6 +330,7 @@ def _back(user: fx.Node, node: fx.Node, delta: Tensor, module: fx.GraphModule, v
         return slope.squeeze(0) * delta
     if user.target is aten.native_dropout.default:
         (_, mask), (_, p, _) = values[user], user.args
+        assert isinstance(p, (int, float))
         return delta * mask.to(delta.dtype) * (1 / (1 - p))
     args, kwargs = fx.map_arg((user.args, user.kwargs), values.__getitem__)
     total = add(

@@ -82,7 +82,7 @@ def _ways(
 def leads(user: fx.Node, node: fx.Node) -> bool:
     """Whether the gradient at ``user`` can be pulled back to its argument ``node``."""
     if user.target is operator.getitem:
-        return user.args[1] == 0
+        return bool(user.args[1] == 0)
     if user.target is aten.native_dropout.default:
         return True
     return is_diagonal(user, node) or any(transpose_of(user.target, i) for i in positions(user, node))
@@ -96,7 +96,7 @@ def _passes(user: fx.Node, node: fx.Node) -> bool:
     if user.op == "output" or not carries_derivative(user):
         return False
     sizes = [v.numel() if isinstance(v, Tensor) else 0 for v in (before, after)]
-    return isinstance(after, (tuple, list)) or sizes[0] == 0 or sizes[1] <= sizes[0]
+    return bool(isinstance(after, (tuple, list)) or sizes[0] == 0 or sizes[1] <= sizes[0])
 
 
 def is_diagonal(user: fx.Node, node: fx.Node) -> bool:

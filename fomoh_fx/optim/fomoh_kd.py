@@ -16,7 +16,7 @@ from fomoh_fx.optim.replay import Replay
 from fomoh_fx.optim.solvers import LevenbergMarquardt, Solver, solver_of
 from fomoh_fx.optim.step_length import StepLength
 from fomoh_fx.perturbation import ActivityGradient
-from fomoh_fx.transform import HyperDualModule
+from fomoh_fx.transform import Curvature, HyperDualModule
 
 
 class FoMoHKD(ForwardOptimizer):
@@ -62,6 +62,7 @@ class FoMoHKD(ForwardOptimizer):
         perturbations: int = 4,
     ) -> None:
         source: RandomDirections
+        curvature: Curvature | None
         if sampler == "activity":
             gradient = ActivityGradient(hd, perturbations)
             source = ActivityDirections(gradient, 2 if directions is None else directions, seed)
