@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,14 +24,15 @@ class Case:
     """One sample of one operator.
 
     ``function`` maps the sample's tensors to the list of the floating-point outputs; ``active`` says which of
-    ``inputs`` get a direction; ``weights`` are a fixed random projection of the outputs to one number, whose
-    derivatives see every element.
+    ``inputs`` get a direction, and ``asked`` which of them the database asks derivatives for; ``weights`` are a fixed
+    random projection of the outputs to one number, whose derivatives see every element.
     """
 
     name: str
     function: Callable[..., list[Tensor]]
     inputs: list[Tensor]
     active: list[bool]
+    asked: list[bool]
     weights: list[Tensor]
 
     def projected(self, *values: Tensor) -> Tensor:
@@ -52,6 +53,10 @@ class Case:
             product = product.real if product.is_complex() else product
             total = total + product.reshape(*y.shape[:lead], -1).sum(-1)
         return total
+
+    def as_asked(self) -> Case | None:
+        """The case with directions only where the database asks for derivatives, if those are some and not all."""
+        return replace(self, active=self.asked) if any(self.asked) and self.asked != self.active else None
 
     @property
     def is_random(self) -> bool:
@@ -94,13 +99,12 @@ def is_floating(value: Any) -> bool:
 def cases(name: str, op: Any, dtype: torch.dtype = torch.float64, most: int | None = None) -> Iterator[Case]:
     """The samples of an operator that have a floating-point input and output, or ``most`` of them evenly spread.
 
-    None if the operator has no such dtype, or does not run on a CPU. Derivatives are taken in every floating-point
-    tensor, also in those that the database does not ask for.
+    None if the operator has no such dtype, or does not run on a CPU.
     """
     if dtype not in op.supported_dtypes("cpu") or name.startswith("jiterator"):
         return
     torch.manual_seed(0)
-    samples = list(op.sample_inputs("cpu", dtype, requires_grad=False))
+    samples = list(op.sample_inputs("cpu", dtype, requires_grad=op.supports_autograd))
     step = 1 if most is None else max(len(samples) / most, 1)
     for number in sorted({int(i * step) for i in range(int(len(samples) / step))}):
         case = _case(f"{name}[{number}]", op, samples[number])
@@ -111,7 +115,9 @@ def cases(name: str, op: Any, dtype: torch.dtype = torch.float64, most: int | No
 def _case(name: str, op: Any, sample: Any) -> Case | None:
     leaves, spec = pytree.tree_flatten(((sample.input, *sample.args), sample.kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
-    inputs = [leaves[i].detach() for i in places]
+    asked = [leaves[i].requires_grad for i in places]
+    leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    inputs = [leaves[i] for i in places]
     versions = [x._version for x in inputs]
     wrapper = _unseeded if op.gradcheck_wrapper is wrapper_set_seed else op.gradcheck_wrapper
 
@@ -131,4 +137,4 @@ def _case(name: str, op: Any, sample: Any) -> Case | None:
     if not outputs or not any(map(is_floating, inputs)):
         return None
     weights = [torch.randn(o.shape, dtype=torch.complex128 if o.is_complex() else torch.float64) for o in outputs]
-    return Case(name, on_copies if changes else function, inputs, [is_floating(x) for x in inputs], weights)
+    return Case(name, on_copies if changes else function, inputs, [is_floating(x) for x in inputs], asked, weights)

@@ -1,7 +1,8 @@
 """Judging one operator: exact on every confirmed sample, refused by a named error, without oracle, or wrong.
 
-Samples are transformed together where possible; where one of them is refused, and where values are random, each is
-transformed on its own.
+Derivatives are taken in every floating-point tensor; where these are refused or have no oracle (a loss's target, which
+has to be a label), in those that the database asks for. Samples are transformed together where possible; where one of
+them is refused, and where values are random, each is transformed on its own.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def _judge_together(group: Sequence[Case], verdict: Verdict, random: bool) -> No
         if len(group) > 1:
             for case in group:
                 _judge_together([case], verdict, random)
+        elif (asked := group[0].as_asked()) is not None:
+            _judge_together([asked], verdict, random)
         elif isinstance(error, fomoh_fx.FomohError):
             confirmed = truth_of(group[0]) is not None
             verdict.confirmed += confirmed
@@ -72,13 +75,17 @@ def _judge_together(group: Sequence[Case], verdict: Verdict, random: bool) -> No
             verdict.add("crash", f"{group[0].name}: {type(error).__name__}: {_first_lines(error)}")
         return
     verdict.served = sorted({*verdict.served, *kinds})
+    again = []
     for case, expansion in zip(group, found, strict=True):
         primal = case.projected(*case.points)
         differs = _differs(expansion.primal, primal, case.tolerance)
         redrawn = differs and random  # the graph draws other numbers than eager mode: it is compared with itself
         truth = truth_of(case, evaluate if redrawn else None)
         if truth is None or not primal.isfinite():
-            verdict.add("no oracle")
+            if (asked := case.as_asked()) is not None:
+                again.append(asked)
+            else:
+                verdict.add("no oracle")
             continue
         verdict.confirmed += 1
         errors = truth.errors(expansion.tangents, expansion.crosses)
@@ -89,6 +96,8 @@ def _judge_together(group: Sequence[Case], verdict: Verdict, random: bool) -> No
             verdict.add("wrong", f"{case.name}: {reason}")
         else:
             verdict.add("exact")
+    if again:
+        _judge_together(again, verdict, random)
 
 
 def truth_of(case: Case, function: Callable[..., Tensor] | None = None) -> Truth | None:
