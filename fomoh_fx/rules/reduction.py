@@ -46,6 +46,8 @@ def reduction(formula: Callable[..., Any], kind: str = "reduction") -> Rule:
     """The rule of an operator along dimensions; a number is taken as a vector of one, so that dimension -1 exists."""
 
     def rule(op: Any, components: Components, x: HyperDual, *args: Any, **kwargs: Any) -> Any:
+        if x.primal.ndim == 0:  # no dimension to name; PyTorch's own logsumexp refuses that of a vector
+            args = tuple([0] if isinstance(a, (list, tuple)) and not a else a for a in args)
         options = bind(op, (x, *args), kwargs)[1:]
         if x.primal.ndim > 0:
             return formula(components, x, op(x.primal, *args, **kwargs), *options)
