@@ -21,9 +21,9 @@ class ActivityDirections(RandomDirections):
     """What spans the plane of a step, each direction of norm sqrt(n) over all n parameters:
 
     1. the averaged guess in Adam's metric, -m / (sqrt(v) + eps) (Kingma, Ba 2015), m and v averages of the guesses and
-       of their squares, corrected for their start at zero;
+       of their squares, v corrected for its start at zero;
     2. the step before;
-    3. the averaged guess itself, -m.
+    3. the newest guess in the same metric.
 
     An average over steps has less noise than one guess, and the plane's own slopes and curvatures decide how far to go.
     Guesses start from B dL/dz, with a matrix B for each point that is fitted from step to step by least squares; a
@@ -61,9 +61,10 @@ class ActivityDirections(RandomDirections):
         self._average(parameters, guess.gradients)
         for name, fit in guess.fits.items():
             self.feedback[name] = _corrected(self.feedback.get(name), fit)
-        plain = {name: -m for name, m in self.averages.items()}
-        before = self._previous or plain
-        found = [self._adapted(), {name: before.get(name, plain[name]) for name in plain}, plain][: self.count]
+        fresh = self._adapted({name: -guess.gradients.get(name, torch.zeros_like(p)) for name, p in parameters.items()})
+        before = self._previous or fresh
+        averaged = self._adapted({name: -m for name, m in self.averages.items()})
+        found = [averaged, {name: before.get(name, v) for name, v in fresh.items()}, fresh][: self.count]
         stacks = {name: torch.stack([direction[name] for direction in found]) for name in parameters}
         norm = norms(stacks)
         scale = math.sqrt(sum(p.numel() for p in parameters.values())) / torch.where(norm > 0, norm, 1)
@@ -97,11 +98,10 @@ class ActivityDirections(RandomDirections):
             self.averages[name] = torch.lerp(m, g, 1 - first)
             self.squares[name] = torch.lerp(v, g * g, 1 - second)
 
-    def _adapted(self) -> Stacks:
-        first, second = (1 - beta**self.guesses for beta in self.betas)
-        return {
-            name: -m / first / ((self.squares[name] / second).sqrt() + self.eps) for name, m in self.averages.items()
-        }
+    def _adapted(self, direction: Stacks) -> Stacks:
+        """The direction in Adam's metric."""
+        start = 1 - self.betas[1] ** self.guesses
+        return {name: v / ((self.squares[name] / start).sqrt() + self.eps) for name, v in direction.items()}
 
     def _signs(self, shape: Sequence[int], like: Tensor) -> Tensor:
         u = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)

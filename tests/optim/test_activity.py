@@ -1,0 +1,244 @@
+"""Gradients guessed from perturbed activities, and the optimizer that follows them."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fomoh_fx
+from fomoh_fx.errors import ArgumentError
+from fomoh_fx.optim import FoMoHKD
+from fomoh_fx.optim.activity import _corrected
+from fomoh_fx.perturbation import ActivityGradient
+
+cross_entropy = nn.functional.cross_entropy
+
+
+class Language(nn.Module):
+    """One block over sequences of 6 letters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.letters, self.places = nn.Embedding(5, 8), nn.Parameter(torch.zeros(6, 8))
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.letters(x) + self.places))
+
+
+def sequence_loss(z: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(z.flatten(0, 1), y.flatten())
+
+
+def letters(batch: int) -> Tensor:
+    return torch.randint(0, 5, (batch, 6))
+
+
+def problem(kind: str, batch: int = 128):
+    """A model, its loss, and a batch."""
+    torch.manual_seed(0)
+    classes = torch.randint(0, 3, (batch,))
+    convolution = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), nn.GELU(), nn.Flatten()]
+    return {
+        "mlp": (
+            nn.Sequential(nn.Linear(7, 20), nn.ReLU(), nn.Linear(20, 3)), cross_entropy, torch.randn(batch, 7), classes
+        ),
+        "smoothed": (
+            nn.Sequential(nn.Linear(7, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)),
+            lambda z, y: cross_entropy(z, y, label_smoothing=0.1), torch.randn(batch, 7), classes,
+        ),
+        "regression": (
+            nn.Sequential(nn.Linear(7, 20), nn.SiLU(), nn.Linear(20, 3)), nn.functional.mse_loss,
+            torch.randn(batch, 7), torch.randn(batch, 3),
+        ),
+        "convolution": (
+            nn.Sequential(*convolution, nn.Linear(24, 3)), cross_entropy, torch.randn(batch, 1, 10, 10), classes
+        ),
+        "transformer": (Language(), sequence_loss, letters(batch), letters(batch)),
+    }[kind]  # fmt: skip
+
+
+KINDS = ["mlp", "smoothed", "regression", "convolution", "transformer"]
+
+
+def signs(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape, like: torch.randint(0, 2, tuple(shape), generator=generator).to(like) * 2 - 1
+
+
+def guessed(gradient: ActivityGradient, model, x, y, feedback=None, seed: int = 0):
+    return gradient((x,), {}, (y,), [n for n, _ in model.named_parameters()], signs(seed), feedback or {})
+
+
+def true_gradient(model, loss, x, y) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss(model(x), y), parameters), strict=True))
+
+
+def cosines(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
+    return {n: float(nn.functional.cosine_similarity(found[n].flatten(), g.flatten(), 0)) for n, g in true.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unit_vectors_give_the_exact_gradient(kind):
+    model, loss, x, y = problem(kind, 16)
+    guess = guessed(ActivityGradient(fomoh_fx.transform(model, loss), exact=400), model, x, y)
+    torch.testing.assert_close(guess.loss, loss(model(x), y).detach())
+    torch.testing.assert_close(guess.gradients, true_gradient(model, loss, x, y), rtol=1e-4, atol=1e-6)
+    assert not guess.fits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_perturbations_point_along_the_gradient(kind):
+    model, loss, x, y = problem(kind, 256)
+    gradient = ActivityGradient(fomoh_fx.transform(model, loss), perturbations=64, exact=0)
+    found = cosines(guessed(gradient, model, x, y).gradients, true_gradient(model, loss, x, y))
+    assert min(found.values()) > 0.6, found
+
+
+@pytest.mark.parametrize(("kind", "last"), [("mlp", "2"), ("convolution", "6"), ("transformer", "head")])
+def test_the_last_layer_is_exact(kind, last):
+    model, loss, x, y = problem(kind, 16)
+    guess = guessed(ActivityGradient(fomoh_fx.transform(model, loss), perturbations=1, exact=0), model, x, y)
+    true = true_gradient(model, loss, x, y)
+    for name in (f"{last}.weight", f"{last}.bias"):
+        torch.testing.assert_close(guess.gradients[name], true[name])
+
+
+def test_guesses_have_the_gradient_as_their_mean_whatever_the_feedback():
+    model, loss, x, y = problem("mlp", 16)
+    gradient = ActivityGradient(fomoh_fx.transform(model, loss), perturbations=8, exact=0)
+    feedback = {"relu": torch.randn(20, 3)}
+    total = [guessed(gradient, model, x, y, feedback, seed).gradients["0.weight"] for seed in range(300)]
+    true = true_gradient(model, loss, x, y)["0.weight"]
+    mean = torch.stack(total).mean(0)
+    assert (mean - true).norm() < 4 * torch.stack(total).std(0).norm() / 300**0.5
+
+
+def test_feedback_learns_what_the_output_tells():
+    """Behind a linear layer the gradient is linear in the output's: W^T dL/dz. Guesses become almost exact."""
+    model, loss, x, y = problem("mlp", 512)
+    gradient, feedback = ActivityGradient(fomoh_fx.transform(model, loss), perturbations=2, exact=0), {}
+    true = true_gradient(model, loss, x, y)
+    first = cosines(guessed(gradient, model, x, y).gradients, true)["0.weight"]
+    for seed in range(20):
+        guess = guessed(gradient, model, x, y, feedback, seed)
+        feedback = {name: _corrected(feedback.get(name), fit) for name, fit in guess.fits.items()}
+    last = cosines(guess.gradients, true)["0.weight"]
+    assert last > 0.99 > first
+
+
+def test_dropout_has_one_mask():
+    model = nn.Sequential(nn.Linear(7, 9), nn.Dropout(0.5), nn.Linear(9, 3))
+    x, y = torch.randn(6, 7), torch.randint(0, 3, (6,))
+    gradient = ActivityGradient(fomoh_fx.transform(model, cross_entropy))
+    torch.manual_seed(5)
+    guess = guessed(gradient, model, x, y)
+    torch.manual_seed(5)
+    torch.testing.assert_close(guess.gradients, true_gradient(model, cross_entropy, x, y))
+
+
+def test_interacting_samples_are_reported():
+    model = nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3))
+    x, y = torch.randn(64, 7), torch.randint(0, 3, (64,))
+    with pytest.warns(UserWarning, match="samples of a batch act on each other's losses"):
+        guess = guessed(ActivityGradient(fomoh_fx.transform(model, cross_entropy)), model, x, y)
+    found = cosines(guess.gradients, true_gradient(model, cross_entropy, x, y))
+    assert found["0.weight"] > 0 and found["1.weight"] > 0.999
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guess = guessed(ActivityGradient(fomoh_fx.transform(model, cross_entropy)), model, x, y)
+    torch.testing.assert_close(guess.gradients, true_gradient(model, cross_entropy, x, y))
+
+
+def test_what_cannot_be_guessed_is_said():
+    x, y = torch.randn(6, 7), torch.randint(0, 3, (6,))
+    with pytest.raises(ArgumentError, match="^hd: guessing from activities needs the loss"):
+        ActivityGradient(fomoh_fx.transform(nn.Linear(7, 3)))
+    with pytest.raises(ArgumentError, match="^loss: its last step must be a sum or a mean"):
+        model = nn.Linear(7, 3)
+        guessed(ActivityGradient(fomoh_fx.transform(model, lambda z, y: z.flatten().norm())), model, x, y)
+    with pytest.raises(ArgumentError, match="^perturbations"):
+        FoMoHKD(fomoh_fx.transform(nn.Linear(7, 3), cross_entropy), sampler="activity", perturbations=0)
+    with pytest.raises(ArgumentError, match="^directions"):
+        FoMoHKD(fomoh_fx.transform(nn.Linear(7, 3), cross_entropy), sampler="activity", directions=4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_defaults_train(kind):
+    model, loss, x, y = problem(kind)
+    opt = FoMoHKD(fomoh_fx.transform(model, loss), sampler="activity", seed=0)
+    losses = [float(opt.step(x, targets=(y,))) for _ in range(25)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert max(losses) < 1.2 * losses[0] and opt.skipped == 0
+
+
+class _Backward(TorchDispatchMode):
+    """Fails where a value that is computed would be differentiated by reverse mode."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in torch.utils._pytree.tree_leaves(out):
+            assert not isinstance(value, Tensor) or value.grad_fn is None
+        return out
+
+
+def test_no_autograd_graph_is_built(monkeypatch):
+    model, loss, x, y = problem("convolution", 8)
+    opt = FoMoHKD(fomoh_fx.transform(model, loss), sampler="activity", seed=0)
+    opt.step(x, targets=(y,))
+
+    def refused(*args, **kwargs):
+        raise AssertionError("reverse mode")
+
+    for module, name in ((torch.autograd, "grad"), (torch.autograd, "backward"), (torch.func, "vjp")):
+        monkeypatch.setattr(module, name, refused)
+    with torch.enable_grad(), _Backward():
+        value = opt.step(x, targets=(y,))
+    assert value.grad_fn is None and not value.requires_grad
+    assert all(p.grad is None and p.requires_grad and p.grad_fn is None for p in model.parameters())
+
+
+def test_state_dict_resumes_bit_for_bit():
+    model, loss, x, y = problem("convolution", 16)
+    opt = FoMoHKD(fomoh_fx.transform(model, loss), sampler="activity", seed=3)
+    for _ in range(3):
+        opt.step(x, targets=(y,))
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+    expected = [float(opt.step(x, targets=(y,))) for _ in range(4)]
+
+    again, _, _, _ = problem("convolution", 16)
+    again.load_state_dict(weights)
+    resumed = FoMoHKD(fomoh_fx.transform(again, loss), sampler="activity", seed=9)
+    resumed.load_state_dict(state)
+    assert [float(resumed.step(x, targets=(y,))) for _ in range(4)] == expected
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_frozen_parameters_stay_and_batches_may_change():
+    model, loss, x, y = problem("mlp")
+    model[0].bias.requires_grad_(False)
+    before = model[0].bias.clone()
+    opt = FoMoHKD(fomoh_fx.transform(model, loss), sampler="activity", seed=0)
+    for count in (128, 128, 50):
+        opt.step(x[:count], targets=(y[:count],))
+    torch.testing.assert_close(model[0].bias, before, rtol=0, atol=0)
+    assert "0.bias" not in opt.directions.averages
+
+
+def test_a_nan_leaves_everything_as_it_is():
+    model, loss, x, y = problem("mlp")
+    opt = FoMoHKD(fomoh_fx.transform(model, loss), sampler="activity", seed=0)
+    opt.step(x, targets=(y,))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match="a step was skipped"):
+        opt.step(torch.full_like(x, torch.nan), targets=(y,))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert opt.skipped == 1
+    losses = [float(opt.step(x, targets=(y,))) for _ in range(10)]
+    assert losses[-1] < losses[0]
