@@ -141,7 +141,7 @@ class ActivityGradient:
         active = analyse(program.module.graph, [placeholders[i] for i in trained], [loss]).active
         module = eliminate(normalize(program.module, active))
         verify(module, "normalize")
-        with torch.no_grad(), without_autocast():
+        with torch.no_grad(), without_autocast(), torch.random.fork_rng():
             values = values_of(module, [what.value(call.tensors) for what in program.inputs], label=False)
             plan = self._plan(module, program, values, trained, at)
         graph = guess(module, plan)

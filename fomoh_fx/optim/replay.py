@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fomoh_fx.capture import Call
 from fomoh_fx.optim.directions import Batch
+from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.transform import HyperDualModule
 
 
 class Replay:
-    """Made before the evaluation: dropout then has the same masks, and buffers are changed once, by the evaluation.
+    """Made before the evaluation: dropout then has the same masks, and no buffer is changed again.
 
     Where the evaluation was lowered by Inductor its random numbers are other ones, so there the masks differ.
     """
@@ -20,23 +22,17 @@ class Replay:
         self.devices = sorted({p.device.index for p in hd.module.parameters() if p.device.type == "cuda"})
         self.state = torch.get_rng_state()
         self.cuda_states = [torch.cuda.get_rng_state(device) for device in self.devices]
-        self.buffers = [b.clone() for b in hd.module.buffers()]
+        self.buffers = {id(b): b.clone() for b in hd.module.buffers()}
 
     @torch.no_grad()
     def loss(self) -> Tensor:
-        """The loss with the parameters of now and the buffers of then."""
-        now = [b.clone() for b in self.hd.module.buffers()]
-        self._set(self.buffers)
-        try:
-            with torch.random.fork_rng(self.devices):
-                torch.set_rng_state(self.state)
-                for device, state in zip(self.devices, self.cuda_states, strict=True):
-                    torch.cuda.set_rng_state(state, device)
-                output = self.hd.model(*self.batch.args, **self.batch.kwargs)
-                return output if self.hd.loss is None else self.hd.loss(output, *self.batch.targets)
-        finally:
-            self._set(now)
-
-    def _set(self, values: list[Tensor]) -> None:
-        for b, value in zip(self.hd.module.buffers(), values, strict=True):
-            b.copy_(value)
+        """The loss by the captured graph, with the parameters of now and the buffers of then."""
+        program = self.hd.latest.program
+        tensors = Call(self.batch.args, self.batch.kwargs, self.batch.targets).tensors
+        now = [what.value(tensors) for what in program.inputs]
+        value = next(i for i, out in enumerate(program.outputs) if out.changes is None)
+        with torch.random.fork_rng(self.devices), without_autocast():
+            torch.set_rng_state(self.state)
+            for device, state in zip(self.devices, self.cuda_states, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            return program.module(*[self.buffers.get(id(t), t) for t in now])[value]

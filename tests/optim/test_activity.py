@@ -133,13 +133,36 @@ def test_feedback_learns_what_the_output_tells():
 
 
 def test_dropout_has_one_mask():
-    model = nn.Sequential(nn.Linear(7, 9), nn.Dropout(0.5), nn.Linear(9, 3))
+    class Dropout(nn.Module):
+        def forward(self, x):
+            return torch.native_dropout(x, 0.5, True)[0]
+
+    model = nn.Sequential(nn.Linear(7, 9), nn.ReLU(), Dropout(), nn.Linear(9, 3))
     x, y = torch.randn(6, 7), torch.randint(0, 3, (6,))
     gradient = ActivityGradient(fomoh_fx.transform(model, cross_entropy))
     torch.manual_seed(5)
     guess = guessed(gradient, model, x, y)
     torch.manual_seed(5)
     torch.testing.assert_close(guess.gradients, true_gradient(model, cross_entropy, x, y))
+
+
+def test_a_step_is_judged_by_the_same_masks_and_changes_buffers_once():
+    model = nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Dropout(0.5), nn.Linear(9, 3))
+    x, y = torch.randn(16, 7), torch.randint(0, 3, (16,))
+    opt = FoMoHKD(fomoh_fx.transform(model, cross_entropy), lr=0.0, sampler="activity", seed=0)
+    seen = []
+    judge = opt.accepts
+
+    def spy(batch, value, kappa):
+        seen.append((value.primal, opt._replay.loss()))
+        return judge(batch, value, kappa)
+
+    opt.accepts = spy
+    for count in (1, 2, 3):
+        opt.step(x, targets=(y,))
+        assert int(model[1].num_batches_tracked) == count
+    for before, after in seen:
+        torch.testing.assert_close(before, after)
 
 
 def test_interacting_samples_are_reported():
