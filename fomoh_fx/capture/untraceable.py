@@ -6,6 +6,7 @@ A frontend cannot trace them, or assumes too much; while a model is captured, th
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,96 @@ def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Ten
     return torch.nn.functional.linear_cross_entropy(*args, **kwargs)
 
 
+def _gaussian_nll_loss(
+    input: Tensor, target: Tensor, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    """log(var) / 2 + (input - target)^2 / (2 var), without the check that no variance is negative.
+
+    As in PyTorch the variance is clamped in its value only: its derivative goes on.
+    """
+    if not isinstance(var, Tensor):
+        var = var * torch.ones_like(input)
+    if var.shape != input.shape:
+        if input.shape[:-1] == var.shape:
+            var = var.unsqueeze(-1)
+        elif input.ndim != var.ndim or sum(b for a, b in zip(input.shape, var.shape, strict=True) if a != b) != 1:
+            raise ValueError("var is of incorrect size")
+    var = torch.ops.fomoh_fx.with_value.default(var, var.clamp(min=eps))
+    loss = 0.5 * (var.log() + (input - target) ** 2 / var) + (0.5 * math.log(2 * math.pi) if full else 0.0)
+    return _reduced(loss, reduction)
+
+
+def _reduced(loss: Tensor, reduction: str | int) -> Tensor:
+    if reduction in ("mean", 1):
+        return loss.mean()
+    return loss.sum() if reduction in ("sum", 2) else loss
+
+
+def _ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: str | int = "mean",
+    zero_infinity: bool = False,
+) -> Tensor:
+    """Minus the logarithm of the probability of all alignments, by the forward recursion over time.
+
+    With the labels l between blanks and a_0 = p_0 on the first two states: a_t(s) = p_t(l_s) (a_{t-1}(s) + a_{t-1}(s-1)
+    + a_{t-1}(s-2) where l_s is no blank and not l_{s-2}), in logarithms. Lengths are masks, so they stay data.
+    """
+    batched = log_probs.ndim == 3
+    x = log_probs if batched else log_probs.unsqueeze(1)
+    steps, count, _ = x.shape
+    times, lengths = (
+        torch.as_tensor(n, dtype=torch.int64, device=x.device).reshape(-1) for n in (input_lengths, target_lengths)
+    )
+    if targets.ndim == 2 or not batched:
+        labels = targets.reshape(count, targets.shape[-1]).to(torch.int64)
+    else:  # one after the other: each has at most all of them
+        at = (lengths.cumsum(0) - lengths).unsqueeze(1) + torch.arange(targets.shape[0], device=x.device)
+        labels = targets.to(torch.int64)[at.clamp(max=max(targets.shape[0] - 1, 0))]
+    blanks = torch.full_like(labels, blank)
+    states = torch.cat([torch.stack([blanks, labels], 2).flatten(1), blanks[:, :1]], 1) if labels.shape[1] else (
+        torch.full((count, 1), blank, device=x.device)
+    )  # fmt: skip
+    place = torch.arange(states.shape[1], device=x.device)
+    used = place <= 2 * lengths.unsqueeze(1)
+    skips = torch.nn.functional.pad((states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2]), (2, 0))
+    impossible = -1e30  # finite, so that no derivative of it is undefined
+    emitted = x.gather(2, states.where(used, blank).expand(steps, -1, -1))
+    a = emitted[0].where((place < 2) & used, impossible)
+    for t in range(1, steps):
+        before = torch.nn.functional.pad(a, (2, 0), value=impossible)
+        reached = torch.logaddexp(before[:, 2:], before[:, 1:-1])
+        reached = torch.logaddexp(reached, before[:, :-2].where(skips, impossible)) + emitted[t]
+        a = reached.where((t < times).unsqueeze(1) & used, a)
+    last = a.where((place >= 2 * lengths.unsqueeze(1) - 1) & used, impossible).logsumexp(1)
+    infinite = last < impossible / 2
+    loss = (-last).where(~infinite, 0.0 if zero_infinity else math.inf)
+    if reduction in ("mean", 1):
+        return (loss / lengths.clamp(min=1)).mean()
+    loss = _reduced(loss, reduction)
+    return loss if batched or loss.ndim == 0 else loss.squeeze(0)
+
+
+def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | None = None) -> Any:
+    """The solution A^+ B; residuals and singular values as each driver gives them for a matrix of full rank."""
+    driver = driver or ("gels" if A.is_cuda else "gelsy")
+    vector = B.ndim == 1 or B.shape == A.shape[:-1]
+    right = B.unsqueeze(-1) if vector else B
+    solution = torch.linalg.pinv(A, rtol=rcond) @ right
+    nothing = A.real.new_zeros(0) if A.is_complex() else A.new_zeros(0)
+    error = right - A @ solution
+    squares = (error * error.conj()).real if A.is_complex() else error.square()
+    residuals = squares.sum(-2) if A.shape[-2] > A.shape[-1] and driver != "gelsy" else nothing
+    rank = torch.linalg.matrix_rank(A) if driver != "gels" else nothing.to(torch.int64)
+    values = torch.linalg.svdvals(A).detach() if driver in ("gelsd", "gelss") else nothing
+    solution = solution.squeeze(-1) if vector else solution
+    return torch.return_types.linalg_lstsq((solution, residuals, rank, values))
+
+
 _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.cov: _covariance,
     torch.Tensor.cov: _covariance,
@@ -68,6 +159,10 @@ _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.combinations: _combinations,
     torch.masked_select: _masked_select,
     torch.Tensor.masked_select: _masked_select,
+    torch.nn.functional.gaussian_nll_loss: _gaussian_nll_loss,
+    torch.nn.functional.ctc_loss: _ctc_loss,
+    torch.ctc_loss: _ctc_loss,
+    torch.linalg.lstsq: _lstsq,
 }
 if hasattr(torch.nn.functional, "linear_cross_entropy"):  # since torch 2.13
     _BODIES[torch.nn.functional.linear_cross_entropy] = _linear_cross_entropy

@@ -15,7 +15,7 @@ from torch import Tensor
 import fomoh_fx
 from tests.coverage.expansion import Expansion, directions_of, expand
 from tests.coverage.samples import Case, cases
-from tests.coverage.sweep import TOGETHER
+from tests.coverage.sweep import TOGETHER, halves
 from tests.coverage.table import Verdict
 from tests.oracle import relative_error, reverse_over_reverse
 
@@ -39,8 +39,8 @@ def _judge_together(group: Sequence[Case], verdict: Verdict, dtype: torch.dtype)
         references, _, _ = expand([_in_double(case) for case in group])
     except Exception as error:
         if len(group) > 1:
-            for case in group:
-                _judge_together([case], verdict, dtype)
+            for part in halves(group):
+                _judge_together(part, verdict, dtype)
         else:
             refused = isinstance(error, fomoh_fx.FomohError)
             verdict.add("refused" if refused else "crash", f"{group[0].name}: {type(error).__name__}: {error}"[:300])

@@ -2,7 +2,7 @@
 
 Derivatives are taken in every floating-point tensor; where these are refused or have no oracle (a loss's target, which
 has to be a label), in those that the database asks for. Samples are transformed together where possible; where one of
-them is refused, and where values are random, each is transformed on its own.
+them is refused, it is found by halves, and where values are random, each is transformed on its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.coverage.table import Verdict
 from tests.coverage.truth import Truth, confirmed_truth
 from tests.oracle import relative_error
 
-TOGETHER = 12
+TOGETHER = 24
 TIMEOUT = 900.0  # seconds for all samples of one operator
 Judge = Callable[[str, Any, int | None], Verdict]
 
@@ -63,8 +63,8 @@ def _judge_together(group: Sequence[Case], verdict: Verdict, random: bool) -> No
         found, evaluate, kinds = expand(group)
     except Exception as error:
         if len(group) > 1:
-            for case in group:
-                _judge_together([case], verdict, random)
+            for part in halves(group):
+                _judge_together(part, verdict, random)
         elif (asked := group[0].as_asked()) is not None:
             _judge_together([asked], verdict, random)
         elif isinstance(error, fomoh_fx.FomohError):
@@ -98,6 +98,12 @@ def _judge_together(group: Sequence[Case], verdict: Verdict, random: bool) -> No
             verdict.add("exact")
     if again:
         _judge_together(again, verdict, random)
+
+
+def halves(group: Sequence[Case]) -> list[Sequence[Case]]:
+    """To find the cases that fail in a group that does."""
+    middle = len(group) // 2
+    return [group[:middle], group[middle:]]
 
 
 def truth_of(case: Case, function: Callable[..., Tensor] | None = None) -> Truth | None:
