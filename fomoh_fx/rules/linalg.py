@@ -442,12 +442,34 @@ def _svd(op: Any, components: Components, a: HyperDual, full_matrices: bool = Fa
         empty = op(a.primal, full_matrices, False, driver=driver)
         return empty[0], s_dual, empty[2]
     vh_dual = HyperDual(vh, *(None if p is None else p.mH for p in (v_dual.tangent, v_dual.cross)))
-    # the columns that complete a basis are not unique
-    return (
-        Undefined(u_all) if full and rows > columns else u_dual,
-        s_dual,
-        Undefined(vh_all) if full and rows < columns else vh_dual,
-    )
+    if full and rows > columns:
+        u_dual = _completed(components, u_dual, u_all[..., size:])
+    elif full:
+        v_dual = _completed(components, v_dual, vh_all[..., size:, :].mH)
+        vh_dual = HyperDual(vh_all, *(None if p is None else p.mH for p in (v_dual.tangent, v_dual.cross)))
+    return u_dual, s_dual, vh_dual
+
+
+def _completed(components: Components, u: HyperDual, w: Tensor) -> HyperDual:
+    """U with further columns W that complete a basis, which turn no more than they have to.
+
+    U^H W = 0 and W^H W = 1: W_c = -U (U_c^H W + sum S (U_i^H W_j + ..)) - W sum S (W_i^H W_j + ..) / 2. The basis W is
+    arbitrary, and what does not depend on its choice has its exact derivative.
+    """
+
+    def turned(part: Tensor) -> Tensor:
+        return -(u.primal @ (part.mH @ w))
+
+    w_t = None if u.tangent is None else turned(u.tangent)
+    w_c = None if u.cross is None else turned(u.cross)
+    if u.tangent is not None and w_t is not None and components.second_order is not None:
+        between = components.product(_adjoint_times, u.tangent, w_t)
+        w_c = add(w_c, -(u.primal @ between) - w @ components.product(_adjoint_times, w_t, w_t) / 2)
+    parts = [
+        None if left is None or right is None else torch.cat([left, right], -1)
+        for left, right in ((u.tangent, w_t), (u.cross, w_c))
+    ]
+    return HyperDual(torch.cat([u.primal, w], -1), *parts)
 
 
 # Determinants.
@@ -564,6 +586,8 @@ def _pinv(op: Any, which: Sequence[int], tangents: Sequence[Tensor], a: Tensor, 
 
 
 def _p_distance(difference: Tensor, p: float) -> Tensor:
+    if difference.shape[-1] == 0:  # points without coordinates: a norm of order infinity would have no value
+        return difference.sum(-1)
     return aten.linalg_vector_norm.default(difference, p, [-1])
 
 
