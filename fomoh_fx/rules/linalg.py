@@ -586,7 +586,7 @@ def _pinv(op: Any, which: Sequence[int], tangents: Sequence[Tensor], a: Tensor, 
 
 
 def _p_distance(difference: Tensor, p: float) -> Tensor:
-    if difference.shape[-1] == 0:  # points without coordinates: a norm of order infinity would have no value
+    if 0 in difference.shape:  # PyTorch's norm of order infinity refuses no points as it does no coordinates
         return difference.sum(-1)
     return aten.linalg_vector_norm.default(difference, p, [-1])
 

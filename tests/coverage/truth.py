@@ -66,6 +66,8 @@ def _reverse(
     function: Callable[..., Tensor], xs: Sequence[Tensor], directions: Sequence[Tensor], tolerance: float
 ) -> Truth | None:
     try:
+        if not function(*(x.detach().clone().requires_grad_() for x in xs)).requires_grad:
+            return None  # it reads numbers off its inputs, or is constant: differences know
         _, tangents, crosses = reverse_over_reverse(function, xs, directions)
     except Exception:  # no derivative of the derivative, or none at all
         return None
