@@ -22,9 +22,9 @@ from fomoh_fx.transform import Curvature, HyperDualModule
 class FoMoHKD(ForwardOptimizer):
     """theta <- theta + lr sum_i kappa_i v_i with kappa = -H^-1 g, H_ij = v_i^T H v_j in the plane (equation 10).
 
-    ``sampler="activity"`` trains as well as backpropagation does, with forward passes only. It takes a model whose
-    ``transform`` got the loss, and whose values inside have one axis for the samples, usually the first. Its plane is
-    spanned by :class:`~fomoh_fx.optim.activity.ActivityDirections` and always has the curvature ``"ggn"``. The loss is
+    ``sampler="activity"`` guesses gradients from perturbed activities, with forward passes only. It takes a model
+    whose ``transform`` got the loss, and whose values inside have one axis for the samples, usually the first. Its
+    plane is spanned by :class:`~fomoh_fx.optim.activity.ActivityDirections` and always has the curvature ``"ggn"``. The loss is
     computed once more after a step, which is taken back (and counted in :attr:`refused`) where the batch's loss rose
     by a tenth; the damping follows the ratio of actual to predicted decrease. A step that is the best one for its own
     batch goes too far for all others: the part of it that is taken
