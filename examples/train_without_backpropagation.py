@@ -17,6 +17,11 @@ from fomoh_fx.optim import FoMoHKD
 
 MODELS = {
     "logistic": lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10)),
+    "cnn": lambda: nn.Sequential(
+        *(nn.Unflatten(1, (1, 28)), nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10)),
+    ),
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10)),
 }
 

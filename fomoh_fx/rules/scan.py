@@ -35,7 +35,7 @@ def _prod_along(x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtyp
         return x.clone()
     size = _length(x, dim)
     if size == 0:
-        return aten.prod.dim_int(x, dim, keepdim)
+        return torch.ones_like(x.sum(dim, keepdim))
     while size > 1:
         half, odd = divmod(size, 2)
         y = x.narrow(dim, 0, half) * x.narrow(dim, half, half)
