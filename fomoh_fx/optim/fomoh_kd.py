@@ -24,10 +24,10 @@ class FoMoHKD(ForwardOptimizer):
 
     ``sampler="activity"`` guesses gradients from perturbed activities, with forward passes only. It takes a model
     whose ``transform`` got the loss, and whose values inside have one axis for the samples, usually the first. Its
-    plane is spanned by :class:`~fomoh_fx.optim.activity.ActivityDirections` and always has the curvature ``"ggn"``. The loss is
-    computed once more after a step, which is taken back (and counted in :attr:`refused`) where the batch's loss rose
-    by a tenth; the damping follows the ratio of actual to predicted decrease. A step that is the best one for its own
-    batch goes too far for all others: the part of it that is taken
+    plane is spanned by :class:`~fomoh_fx.optim.activity.ActivityDirections` and always has the curvature ``"ggn"``.
+    The loss is computed once more after a step, which is taken back (and counted in :attr:`refused`) where the batch's
+    loss rose by a tenth; the damping follows the ratio of actual to predicted decrease. A step that is the best one for
+    its own batch goes too far for all others: the part of it that is taken
     (:class:`~fomoh_fx.optim.step_length.StepLength`) follows the slope that the next batch has along it.
 
     See :class:`ForwardOptimizer` for the arguments in common.
