@@ -148,7 +148,7 @@ def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | No
     rank = torch.linalg.matrix_rank(A) if driver != "gels" else nothing.to(torch.int64)
     values = torch.linalg.svdvals(A).detach() if driver in ("gelsd", "gelss") else nothing
     solution = solution.squeeze(-1) if vector else solution
-    return torch.return_types.linalg_lstsq((solution, residuals, rank, values))
+    return torch.return_types.linalg_lstsq((solution, residuals, rank, values))  # type: ignore[attr-defined]
 
 
 _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
