@@ -618,7 +618,6 @@ RULES: dict[Any, Rule] = {
     aten._linalg_solve_ex.default: _solve_ex,
     aten.linalg_solve_triangular.default: _solve_triangular,
     aten.linalg_cholesky_ex.default: _cholesky_ex,
-    aten.cholesky.default: _cholesky_plain,
     aten.linalg_qr.default: _qr,
     aten.linalg_lu_factor_ex.default: _lu_factor_ex,
     aten.linalg_lu.default: _lu,
@@ -631,6 +630,8 @@ RULES: dict[Any, Rule] = {
     aten.linalg_matrix_exp.default: _matrix_exp,
     aten.linalg_pinv.atol_rtol_tensor: from_jvp(_pinv),
 }
+if hasattr(aten, "cholesky"):  # until torch 2.13
+    RULES[aten.cholesky.default] = _cholesky_plain
 
 #: Operators that are other ones, kept whole by capture so that their checks do not break the graph.
 COMPOSITES: dict[Any, Callable[..., Any]] = {
