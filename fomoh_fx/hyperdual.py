@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.errors import ArgumentError
@@ -30,12 +31,27 @@ SecondOrder = Literal["plane", "diagonal", "trace"] | None
 SECOND_ORDERS = ("plane", "diagonal", "trace", None)
 
 
-@lru_cache(maxsize=256)
+#: What `_pair_indices` made, for each trace under way and for eager computation.
+_PAIRS: WeakKeyDictionary[Any, dict[tuple[int, torch.device], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+
+
 def _pair_indices(directions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows and columns of the pairs i <= j: (0,0), (0,1), .. (0,K-1), (1,1), ..; constants also inside a trace."""
-    with unset_fake_temporarily(), disable_proxy_modes_tracing():
-        rows, columns = torch.triu_indices(directions, directions, device=device)
-        return rows.clone(), columns.clone()
+    """The rows and columns of the pairs i <= j: (0,0), (0,1), .. (0,K-1), (1,1), ..; constants also inside a trace.
+
+    Each trace has tensors of its own: one that the body of a higher-order operator holds too, PyTorch would look for
+    in there.
+    """
+    mode = get_proxy_mode()
+    made = _PAIRS.setdefault(_Eager if mode is None else mode.tracer, {})
+    if (directions, device) not in made:
+        with unset_fake_temporarily(), disable_proxy_modes_tracing():
+            rows, columns = torch.triu_indices(directions, directions, device=device)
+            made[directions, device] = rows.clone(), columns.clone()
+    return made[directions, device]
+
+
+class _Eager:
+    """The key of `_PAIRS` outside any trace."""
 
 
 @lru_cache(maxsize=256)

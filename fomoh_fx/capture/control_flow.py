@@ -2,7 +2,8 @@
 
 PyTorch captures the branches of ``torch.cond``, ``while_loop``, ``scan`` and ``map`` with Dynamo, which cannot trace
 through the modes that record what a trace would lose: they step aside meanwhile, and are back when the captured
-branches run. ``flex_attention`` runs by its mathematics.
+branches run. What PyTorch does for reverse mode through them is left out, as for every other operator: its autograd
+Functions would be taken for the model's own. ``flex_attention`` runs by its mathematics.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch._C import _len_torch_function_stack
+import torch
+from torch._C import DispatchKey, _AutoDispatchBelowAutograd, _len_torch_function_stack
 from torch._higher_order_ops import utils
 from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
@@ -19,6 +21,10 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from fomoh_fx.rules.flex_attention import dense_attention
 
 _SETUP = utils.setup_compilation_env
+_OPERATORS = [
+    getattr(torch.ops.higher_order, name)
+    for name in ("cond", "while_loop", "scan", "map_impl", "associative_scan", "invoke_subgraph")
+]
 
 
 @contextmanager
@@ -28,16 +34,43 @@ def higher_order_operators() -> Iterator[None]:
         (utils, "setup_compilation_env"): _setup,
         (flex_attention, "flex_attention_hop"): dense_attention,
         (flex_attention, "setup_compilation_env"): nullcontext,
+        (flex_attention, "_validate_device"): lambda *_: None,  # on a CPU it refuses tensors that require a gradient
         (flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"): True,
     }
-    before = {where: getattr(*where) for where in replaced}
+    before: dict[Any, Any] = {where: getattr(*where) for where in replaced}
     for where, value in replaced.items():
         setattr(*where, value)
     try:
-        yield
+        with _without_autograd():
+            yield
     finally:
         for where, value in before.items():
             setattr(*where, value)
+
+
+@contextmanager
+def _without_autograd() -> Iterator[None]:
+    """The operators as they are where no argument requires a gradient."""
+
+    def below(op: Any) -> Callable[..., Any]:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            with _AutoDispatchBelowAutograd():
+                return op(*args, **kwargs)
+
+        return kernel
+
+    before = {op: op.py_kernels[DispatchKey.Autograd] for op in _OPERATORS}
+    _use({op: below(op) for op in before})
+    try:
+        yield
+    finally:
+        _use(before)
+
+
+def _use(kernels: dict[Any, Callable[..., Any]]) -> None:
+    for op, kernel in kernels.items():
+        op.py_kernels[DispatchKey.Autograd] = kernel
+        op._dispatch_cache.clear()
 
 
 @contextmanager
