@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._decomp import core_aten_decompositions
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fomoh_fx.errors import FomohError, UnsupportedOpError
 from fomoh_fx.passes import provenance
@@ -24,6 +25,7 @@ from fomoh_fx.rules.registry import COMPOSITES, RULES
 aten = torch.ops.aten
 IDENTITIES = {aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default}
 RESHAPES = {op: aten.reshape.default for op in (aten.view.default, aten._unsafe_view.default)}  # in any layout
+STATIC_QUESTIONS = {aten.is_same_size.default, aten._has_same_storage_numel.default}  # forward mode inside a model asks
 STATIC_ASSERTIONS = {aten._assert_tensor_metadata.default}  # the signature already says so; those on data stay
 
 
@@ -68,6 +70,9 @@ class _Normalizer(fx.Interpreter):
             return args[0]
         if target in STATIC_ASSERTIONS:
             return None
+        if target in STATIC_QUESTIONS:
+            with disable_proxy_modes_tracing():
+                return target(*args)
         if target is aten._efficientzerotensor.default:  # forward mode inside a model; Inductor cannot read it
             return aten.zeros.default(*args, **kwargs)
         if self.table.active and target in self.table:
