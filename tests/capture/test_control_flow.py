@@ -46,9 +46,8 @@ def fixed_point(layer, x):
         after = torch.tanh(layer(z) / 3 + x)
         return after, (after - z).detach().abs().amax()
 
-    return while_loop(lambda z, change: change > 1e-12, iterate, (torch.zeros_like(x), torch.ones((), dtype=x.dtype)))[
-        0
-    ]
+    start = (torch.zeros_like(x), torch.ones((), dtype=x.dtype))
+    return while_loop(lambda z, change: change > 1e-12, iterate, start)[0]
 
 
 @pytest.mark.parametrize("wrt", ["parameters", "inputs"])
