@@ -141,3 +141,215 @@ def detection_head() -> Problem:
             return torch.where(ratio > 0.1, 1 - ratio, smooth) + corners.amax(0).logsumexp(0) + corners.median()
 
     return Problem(Model(), (r(5, 4), r(5, 4).sort(-1).values))
+
+
+@problem
+def mlp_mixer() -> Problem:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.LayerNorm(6), nn.LayerNorm(6)
+            self.tokens = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 4))
+            self.channels = nn.Sequential(nn.Linear(6, 8), nn.GELU(approximate="tanh"), nn.Linear(8, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.tokens(self.first(x).transpose(1, 2)).transpose(1, 2)
+            return x + self.channels(self.second(x))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.mixer, self.head = nn.Conv2d(2, 6, 3, stride=3), Mixer(), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.mixer(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+    return Problem(Model(), (r(2, 2, 6, 6),), loss=F.cross_entropy, targets=(torch.tensor([0, 2]),))
+
+
+@problem
+def efficient_net() -> Problem:
+    class Block(nn.Module):
+        """A mobile inverted bottleneck whose residual branch is dropped for some of the samples."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.expand = nn.Sequential(nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6), nn.SiLU())
+            self.depthwise = nn.Sequential(
+                nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.BatchNorm2d(6), nn.SiLU()
+            )
+            self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 2, 1), nn.SiLU(), nn.Conv2d(2, 6, 1))
+            self.project = nn.Sequential(nn.Conv2d(6, 3, 1, bias=False), nn.BatchNorm2d(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.depthwise(self.expand(x))
+            y = self.project(y * self.gate(y).sigmoid())
+            kept = (torch.rand(x.shape[0], 1, 1, 1, dtype=x.dtype) + 0.8).floor()
+            return x + y / 0.8 * kept
+
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1), Block(), nn.AdaptiveMaxPool2d((2, 1)), nn.Flatten())
+    return Problem(model.train(), (r(3, 2, 8, 8),))
+
+
+@problem
+def shuffle_net() -> Problem:
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch = nn.Sequential(
+                nn.Conv2d(4, 4, 1, groups=2), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 4, 1)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept, changed = x.chunk(2, 1)
+            y = torch.cat([kept, self.branch(changed)], 1)
+            return y.view(y.shape[0], 2, 4, *y.shape[2:]).transpose(1, 2).flatten(1, 2)
+
+    return Problem(nn.Sequential(nn.Conv2d(1, 8, 3), Unit(), Unit(), nn.PixelShuffle(2)), (r(2, 1, 6, 6),))
+
+
+@problem
+def dense_net() -> Problem:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, 2, 3, padding=1)) for c in (3, 5, 7)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.cat([x, layer(x)], 1)
+            return x
+
+    model = nn.Sequential(Block(), nn.Conv2d(9, 4, 1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+    return Problem(model.train(), (r(3, 3, 4, 4),))
+
+
+@problem
+def inception() -> Problem:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(2, 2, 1)
+            self.rows = nn.Sequential(nn.Conv2d(2, 2, (1, 3), padding=(0, 1)), nn.ReLU6(), nn.Conv2d(2, 2, (3, 1)))
+            self.pooled = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), nn.Conv2d(2, 3, 1))
+            self.averaged = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.Conv2d(2, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            branches = [
+                self.one(x),
+                F.pad(self.rows(x), (0, 0, 1, 1), mode="reflect"),
+                self.pooled(x),
+                self.averaged(x),
+            ]
+            return torch.cat(branches, 1).relu().sum((2, 3))
+
+    return Problem(Model(), (r(2, 2, 5, 5),))
+
+
+@problem
+def spatial_transformer() -> Problem:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.locate, self.classify = nn.Linear(50, 6), nn.Conv2d(2, 2, 3)
+            self.scale = nn.Parameter(torch.tensor(0.1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            unit = torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=x.dtype)
+            theta = (unit + self.scale * self.locate(x.flatten(1)).tanh()).view(-1, 2, 3)
+            grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+            near = F.grid_sample(self.classify(x), grid[:, 1:4, 1:4], padding_mode="border", align_corners=True)
+            return F.grid_sample(x, grid, align_corners=False)[..., :3, :3] * near
+
+    return Problem(Model(), (r(2, 2, 5, 5),))
+
+
+@problem
+def deformable_convolution() -> Problem:
+    class Model(nn.Module):
+        """Bilinear interpolation at learned offsets by gathers, then a 3 x 3 convolution of what was gathered."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.offsets, self.mask = nn.Conv2d(2, 18, 3, padding=1), nn.Conv2d(2, 9, 3, padding=1)
+            self.weight = nn.Parameter(torch.randn(3, 2, 9))
+
+        @staticmethod
+        def read(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
+            height, width = x.shape[-2:]
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            at = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
+            values = x.flatten(2).gather(2, at.flatten(1).unsqueeze(1).expand(-1, x.shape[1], -1))
+            return values.unflatten(2, at.shape[1:]) * inside.unsqueeze(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            height, width = x.shape[-2:]
+            base = torch.stack(
+                torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+            ).to(x.dtype)  # fmt: skip
+            tap = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2)).to(x.dtype)
+            offsets = self.offsets(x).tanh().unflatten(1, (9, 2))
+            row = base[0] + tap[:, 0, None, None] + offsets[:, :, 0]
+            column = base[1] + tap[:, 1, None, None] + offsets[:, :, 1]
+            top, left = row.floor(), column.floor()
+            down, right = (row - top).unsqueeze(1), (column - left).unsqueeze(1)
+            values = (
+                (1 - down) * (1 - right) * self.read(x, top, left) + (1 - down) * right * self.read(x, top, left + 1)
+                + down * (1 - right) * self.read(x, top + 1, left) + down * right * self.read(x, top + 1, left + 1)
+            )  # fmt: skip
+            return torch.einsum("nckhw,ock,nkhw->nohw", values, self.weight, self.mask(x).sigmoid())
+
+    return Problem(Model(), (r(2, 2, 4, 4),))
+
+
+@problem
+def capsules_with_routing() -> Problem:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.primary, self.weight = nn.Conv2d(1, 8, 3, stride=2), nn.Parameter(torch.randn(1, 8, 3, 3, 4) / 4)
+
+        @staticmethod
+        def squash(x: Tensor) -> Tensor:
+            square = x.square().sum(-1, keepdim=True)
+            return square / (1 + square) * x / (square + 1e-8).sqrt()
+
+        def forward(self, x: Tensor) -> Tensor:
+            u = self.squash(self.primary(x).view(x.shape[0], 8, 1, 4, 1).squeeze(-1))
+            votes = (self.weight @ u.unsqueeze(-1)).squeeze(-1)
+            logits = torch.zeros(votes.shape[:-1], dtype=x.dtype)
+            for _ in range(3):
+                v = self.squash((logits.softmax(-1).unsqueeze(-1) * votes).sum(1))
+                logits = logits + (votes * v.unsqueeze(1)).sum(-1)
+            return torch.linalg.vector_norm(v, dim=-1)
+
+    def margin(lengths: Tensor, y: Tensor) -> Tensor:
+        present = F.one_hot(y, 3)
+        return (present * (0.9 - lengths).relu() ** 2 + 0.5 * (1 - present) * (lengths - 0.1).relu() ** 2).sum(1).mean()
+
+    return Problem(Model(), (r(2, 1, 5, 5),), loss=margin, targets=(torch.tensor([0, 2]),))
+
+
+@problem
+def semantic_segmentation_with_focal_and_dice() -> Problem:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.atrous = nn.ModuleList(nn.Conv2d(2, 3, 3, padding=d, dilation=d) for d in (1, 2))
+            self.pooled, self.head, self.slope = nn.Conv2d(2, 3, 1), nn.Conv2d(9, 3, 1), nn.PReLU(9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            whole = F.interpolate(self.pooled(F.adaptive_avg_pool2d(x, 1)), x.shape[-2:], mode="bicubic")
+            y = self.head(self.slope(torch.cat([*(layer(x) for layer in self.atrous), whole], 1)))
+            return F.interpolate(y, scale_factor=1.5, mode="bilinear", align_corners=True)
+
+    def focal_and_dice(logits: Tensor, y: Tensor) -> Tensor:
+        cross = F.cross_entropy(logits, y, reduction="none", weight=torch.tensor([1.0, 2.0, 0.5], dtype=logits.dtype))
+        focal = ((1 - (-cross).exp()) ** 2 * cross).mean()
+        p, truth = logits.softmax(1), F.one_hot(y, 3).movedim(-1, 1)
+        dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / ((p + truth).sum((2, 3)) + 1)
+        return focal + dice.mean()
+
+    return Problem(Model(), (r(2, 2, 4, 4),), loss=focal_and_dice, targets=(torch.randint(3, (2, 6, 6)),))
