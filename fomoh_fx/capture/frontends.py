@@ -21,8 +21,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
-from fomoh_fx.errors import CaptureError, FomohError
+from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
 from fomoh_fx.passes.provenance import source_line
+from fomoh_fx.rules.other_libraries import register_present
 from fomoh_fx.rules.registry import COMPOSITES, RULES
 
 aten = torch.ops.aten
@@ -41,6 +42,7 @@ def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dy
     Raises:
         CaptureError: no frontend could record one graph that holds for every input of this signature.
     """
+    register_present()
     foreign: list[Tensor] = []
     outside: list[nn.Module] = []
     for _ in range(3):
@@ -247,7 +249,8 @@ def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Prog
 
     record = partial(make_fx, tracing_mode="real", _allow_non_fake_inputs=True, record_stack_traces=True)
     table = {aten.native_batch_norm.default: _batch_norm}
-    with fake_mode, sdpa_kernel(SDPBackend.MATH), _compiling_state_context():  # as under export, for is_compiling()
+    as_under_export = _compiling_state_context()  # for is_compiling()
+    with fake_mode, sdpa_kernel(SDPBackend.MATH), as_under_export, _checks_recorded():
         module = record(functional, table)(*fakes)
         for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
             node.replace_all_uses_with(node.args[0])  # how autograd saves a value; the model's own are stop_gradient
@@ -258,6 +261,21 @@ def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Prog
     assert root.observed.structure is not None
     outputs = _mutations_as_outputs(module, inputs)
     return Program(module, inputs, outputs, root.observed.structure, "make_fx")
+
+
+@contextmanager
+def _checks_recorded() -> Iterator[None]:
+    """``torch._check_tensor_all`` becomes an assertion in the graph; export records it itself."""
+
+    def check(error: type[Exception], condition: Tensor, message: Callable[[], str] | None = None) -> None:
+        torch._assert_async(condition.all(), "a check of the model failed" if message is None else str(message()))
+
+    before = torch._check_tensor_all_with
+    torch._check_tensor_all_with = check
+    try:
+        yield
+    finally:
+        torch._check_tensor_all_with = before
 
 
 def _batch_norm(

@@ -179,7 +179,7 @@ def _convolution(op: Any, components: Components, x: Any, w: Any, b: Any, *optio
     return HyperDual(y, add(result.tangent, lift[0]), add(result.cross, lift[1]))
 
 
-def _grouped_mm(
+def grouped_mm(
     op: Any, components: Components, x: Any, w: Any, offs: Any = None, *rest: Any, **kwargs: Any
 ) -> HyperDual:
     """Rows [M, D] in groups that end at ``offs``, each times its own [D, N] of w [G, D, N].
@@ -288,7 +288,7 @@ def _addcdiv(term: Tensor, x: Tensor, w: Tensor, *, value: Any = 1) -> Tensor:
 
 
 register([aten.convolution.default, aten._convolution.default], _convolution, "bilinear")
-register(aten._grouped_mm.default, _grouped_mm, "bilinear")
+register(aten._grouped_mm.default, grouped_mm, "bilinear")
 register(aten.linalg_cross.default, bilinear(0, 1))
 
 PRODUCTS: dict[Any, Composite] = {

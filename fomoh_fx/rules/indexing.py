@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.rules.joint import padded
@@ -113,7 +114,9 @@ def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     """The n-th place where the mask holds takes the n-th element of the source."""
     x, mask = torch.broadcast_tensors(x, mask)
     place = (mask.reshape(-1).cumsum(0) - 1).clamp(min=0).reshape(mask.shape)
-    return aten.where.self(mask, aten.take.default(source, place), x) if source.numel() else x.clone()
+    if guard_or_false(source.numel() == 0):  # a size that is data is taken for positive: index says so if it is not
+        return x.clone()
+    return aten.where.self(mask, aten.index.Tensor(source.reshape(-1), [place]), x)
 
 
 def _masked_select(x: Tensor, mask: Tensor) -> Tensor:

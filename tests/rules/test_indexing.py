@@ -7,6 +7,7 @@ import fomoh_fx
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.rules.registry import RULES
+from tests.oracle import reverse_over_reverse
 from tests.rules.checking import Sample, check
 
 aten = torch.ops.aten
@@ -177,3 +178,21 @@ def test_take_along_dim_and_in_place_writes():
     out = fomoh_fx.transform(function, wrt="inputs")(x, tangents=(v,))
     hessian = torch.func.jacrev(torch.func.jacrev(function))(x).reshape(6, 6)
     torch.testing.assert_close(out.hessian(), v.reshape(2, 6) @ hessian @ v.reshape(2, 6).T)
+
+
+def test_masked_scatter_of_a_number_of_rows_that_is_data():
+    """One graph serves every number of rows."""
+
+    def function(x, w, keep, mask):
+        rows = (x @ w)[keep]
+        return x.masked_scatter(mask.unsqueeze(-1), rows.tanh()).square().sum()
+
+    x, w, vs = r(4, 2), r(2, 2), [r(2, 4, 2), r(2, 2, 2)]
+    mask = torch.tensor([False, True, True, False])
+    hd = fomoh_fx.transform(function, wrt="inputs")
+    for keep in (torch.tensor([True, False, True, False]), torch.tensor([True, True, True, False])):
+        out = hd(x, w, keep, mask, tangents=[*vs, None, None])
+        y, tangents, crosses = reverse_over_reverse(lambda x, w: function(x, w, keep, mask), [x, w], vs)  # noqa: B023
+        for actual, expected in ((out.primal, y), (out.tangent, tangents), (out.hessian(), crosses)):
+            torch.testing.assert_close(actual, expected)
+    assert len(hd._traced) == 1
