@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from fomoh_fx.errors import FomohError, UnsupportedOpError
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.retrace import is_composite_implicit, last_node, recorded_nodes, retrace
-from fomoh_fx.rules.registry import COMPOSITES, RULES
+from fomoh_fx.rules.registry import COMPOSITES, RULES, spelled
 
 aten = torch.ops.aten
 IDENTITIES = {aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default}
@@ -86,7 +86,8 @@ def explained(node: fx.Node, reason: str) -> str:
     """The text of an error about a node: the operator, the reason, the user's line, what to do."""
     source = provenance.of(node).source
     where = f"\n  at {source}" if source else ""
-    return f"operator {node.target}: {reason}{where}\n  fomoh_fx.register_rule({node.target}, rule) gives it a rule"
+    name = spelled(node.target)
+    return f"operator {name}: {reason}{where}\n  fomoh_fx.register_rule({name}, rule) gives it a rule"
 
 
 def last_line(error: Exception) -> str:

@@ -83,6 +83,9 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         try:
             with _tracing_state():
                 program = frontend(root, names, dynamic_shapes)
+        except UnsupportedOpError as error:
+            where = source_line("".join(traceback.format_tb(error.__traceback__)))
+            raise UnsupportedOpError(f"{error}\n  at {where}" if where else str(error)) from error
         except FomohError:
             raise
         except Exception as error:

@@ -8,8 +8,8 @@ while the model runs under a frontend and records those facts as the operators o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.untraceable import traceable
-from fomoh_fx.operators import FunctionCall
+from fomoh_fx.custom_functions import FunctionCall, Template, apply_function, functions_called
 
 ops = torch.ops.fomoh_fx
 
@@ -30,27 +30,10 @@ def _record_function(function: type[torch.autograd.Function], *args: Any, **kwar
     if function is torch.utils.checkpoint.CheckpointFunction:  # recomputation changes memory, not derivatives
         run, _preserve_random_state, *inputs = args
         return run(*inputs)
-    leaves, spec = pytree.tree_flatten(args)
-    is_tensor = tuple(isinstance(leaf, Tensor) for leaf in leaves)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    others = tuple(None if t else leaf for t, leaf in zip(is_tensor, leaves, strict=True))
-    call = FunctionCall(function, others, is_tensor, spec)
-    out = ops.custom_function.default(tensors, call.number)
-    return out[0] if call.returns_tensor else tuple(out)
-
-
-@contextmanager
-def _functions_recorded() -> Iterator[None]:
-    """Record calls of custom Functions below ``Function.apply``, which users bind to names of their own."""
-    single_level = torch.autograd.function._SingleLevelFunction
-    under_transforms = torch._functorch.autograd_function.custom_function_call
-    single_level.apply = classmethod(_record_function)  # type: ignore[attr-defined]
-    torch._functorch.autograd_function.custom_function_call = _record_function  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del single_level.apply  # type: ignore[attr-defined]
-        torch._functorch.autograd_function.custom_function_call = under_transforms
+    if function.__module__ == torch._library.autograd.__name__:  # the backward of an operator, which is recorded itself
+        return apply_function(function, *args)
+    template, tensors = Template.of(args)
+    return FunctionCall(function, template).results_of(tensors)
 
 
 _STOPS = {torch.Tensor.detach, torch.detach}
@@ -88,7 +71,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         self._patches = ExitStack()
 
     def __enter__(self) -> ReverseModeSemantics:
-        self._patches.enter_context(_functions_recorded())
+        self._patches.enter_context(functions_called(_record_function))
         self._patches.enter_context(higher_order_operators())
         return super().__enter__()
 

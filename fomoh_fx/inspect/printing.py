@@ -41,7 +41,7 @@ def code(module: fx.GraphModule) -> str:
     statements = [line.partition("  # ")[0] for line in body]
     used = {word for statement in statements for word in _WORD.findall(statement)}
     imports = _imports({name: value for name, value in names.items() if name in used})
-    if any("torch.ops.fomoh_fx." in statement for statement in statements):
+    if any("torch.ops.fomoh_fx" in statement for statement in statements):
         imports.insert(0, "import fomoh_fx")
     return "\n".join([*imports, "", "", *body]) + "\n"
 

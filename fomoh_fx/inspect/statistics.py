@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fomoh_fx.hyperdual import SecondOrder
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.dataflow import root_of
-from fomoh_fx.rules.registry import KINDS, Operator
+from fomoh_fx.rules.registry import Operator, kind_of, spelled
 from fomoh_fx.specialization import Specialization
 
 aten = torch.ops.aten
@@ -153,7 +153,7 @@ def _names(node: fx.Node) -> list[str]:
 
 def _served(active: Sequence[fx.Node]) -> dict[str, tuple[str, int]]:
     times = sorted(Counter(n.target for n in active).items(), key=lambda item: str(item[0]))
-    return {str(op): (KINDS.get(op, "synthesised"), n) for op, n in times}
+    return {spelled(op): (kind_of(op), n) for op, n in times}
 
 
 def _bytes(node: fx.Node) -> int | None:

@@ -16,7 +16,7 @@ from fomoh_fx.hyperdual import Components, HyperDual, add
 from fomoh_fx.rules.derivation import Formula, derive, validate
 from fomoh_fx.rules.functions import ARGUMENTS
 from fomoh_fx.rules.registry import Rule, register
-from fomoh_fx.rules.stacking import align, bind, primals
+from fomoh_fx.rules.stacking import align, arguments_of, bind, primals
 
 aten = torch.ops.aten
 
@@ -59,7 +59,7 @@ def expand(formula: Formula, op: Any, components: Components, y: Tensor, operand
     active = tuple(n for n, a in enumerate(operands) if isinstance(a, HyperDual))
     for n in active:
         if not formula.has_derivative(n):
-            raise UnsupportedOpError(f"no derivative in its argument {op._schema.arguments[n].name!r} is known")
+            raise UnsupportedOpError(f"no derivative in its argument {arguments_of(op)[n].name!r} is known")
     operands = [_like(y, a) for a in operands[: formula.arity]]
     known = tuple(_known(formula, operands, n) for n in range(formula.arity))
     active = tuple(n for n in active if not isinstance(known[n], str))

@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
+from fomoh_fx.custom_functions import CALLS, FUNCTIONS
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined, add
-from fomoh_fx.operators import CALLS
 from fomoh_fx.passes.activity import analyse
 from fomoh_fx.passes.eliminate import eliminate
 from fomoh_fx.passes.expand import Layout, Scope, expand
@@ -31,7 +31,7 @@ from fomoh_fx.passes.retrace import node_of, retrace
 from fomoh_fx.passes.simplify import simplify
 from fomoh_fx.rules.linear import joined
 from fomoh_fx.rules.random import SHAPES
-from fomoh_fx.rules.registry import DEFAULT, Operator, Rule, overloads, register
+from fomoh_fx.rules.registry import DEFAULT, Operator, Rule, overloads
 
 Function = Callable[..., Any]
 
@@ -83,7 +83,7 @@ def _without_derivative(
     PyTorch treats layer_norm's mean or a determinant's LU factors as constants; formulas that use them lose a term.
     """
     outputs = pytree.tree_leaves(y)
-    if sum(map(_is_differentiable, outputs)) < 2:
+    if op in FUNCTIONS or sum(map(_is_differentiable, outputs)) < 2:  # a Function says itself what is constant
         return result
     fresh = list(leaves)
     with disable_proxy_modes_tracing(), torch.enable_grad():
@@ -286,9 +286,7 @@ def synthesize(op: Operator) -> Rule:
             try:
                 return derive(op, which, tangents, *args, **kwargs)
             except Exception as error:  # each frontier of PyTorch's own coverage raises its own kind
-                reasons.append(
-                    f"{derive.__name__}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-                )
+                reasons.append(f"{derive.__name__}: {_first_line(error)}")
         raise UnsupportedOpError("no rule, and PyTorch has no derivative to make one from (" + "; ".join(reasons) + ")")
 
     return from_jvp(push, kind="synthesised")
@@ -311,17 +309,36 @@ def _connected(op: Any, which: Sequence[int], args: Any, kwargs: Any) -> list[bo
         return [o.requires_grad for o in pytree.tree_leaves(op(*args, **kwargs)) if _is_differentiable(o)]
 
 
-def custom_function(op: Any, which: Sequence[int], tangents: Sequence[Tensor], inputs: Any, call: int) -> Any:
+def _push_function(op: Any, which: Sequence[int], tangents: Sequence[Tensor], inputs: Any, call: int) -> Any:
     """T of a custom autograd Function: its backward, transposed."""
     try:
-        return transposed(lambda tensors: CALLS[call](tensors), which, tangents, inputs)
+        return transposed(op, which, tangents, inputs, call)
     except Exception as error:  # whatever the user's backward raises on tensors that are being traced
-        name, reason = CALLS[call].function.__name__, str(error).splitlines()[0]
+        name = CALLS[call].function.__name__
         raise UnsupportedOpError(
-            f"the backward of the custom autograd Function {name} cannot be transposed ({reason}); write it in "
-            "differentiable torch functions that are linear in the incoming gradient"
+            f"the backward of the custom autograd Function {name} cannot be transposed ({_first_line(error)}); write "
+            "it in differentiable torch functions that are linear in the incoming gradient"
         ) from error
 
 
-DEFAULT.append(synthesize)
-register(torch.ops.fomoh_fx.custom_function.default, from_jvp(custom_function, kind="custom function"))
+_BY_BACKWARD = from_jvp(_push_function)
+
+
+def _function(op: Any, components: Components, inputs: Any, call: int) -> Any:
+    """The rule of a custom autograd Function: its own backward is its derivative."""
+    record = CALLS[call]
+    record.check_repeatable()
+    result = _BY_BACKWARD(op, components, inputs, call)
+    if components.second_order is not None and record.nested:
+        raise UnsupportedOpError(
+            f"the backward of the custom autograd Function {record.function.__name__} calls another, {record.nested}, "
+            "and the second derivative would pass over that one's own derivative"
+        )
+    return result
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+DEFAULT.append(lambda op: _function if op in FUNCTIONS else synthesize(op))

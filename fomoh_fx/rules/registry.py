@@ -13,6 +13,7 @@ from typing import Any
 
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
+from fomoh_fx.custom_functions import FUNCTIONS, body_of_operator, is_function, operator_of, rule_of_operator
 from fomoh_fx.errors import ArgumentError
 
 Operator = OpOverload | HigherOrderOperator
@@ -40,6 +41,8 @@ def overloads(ops: Any) -> list[Operator]:
         return [op for op in found if not op._schema.is_mutable and "Dimname" not in str(op._schema)]
     if isinstance(ops, (OpOverload, HigherOrderOperator)):
         return [ops]
+    if is_function(ops):
+        return [operator_of(ops)]
     if isinstance(ops, Iterable) and not isinstance(ops, str):
         return [overload for op in ops for overload in overloads(op)]
     raise ArgumentError(f"op: expected an operator such as torch.ops.aten.tanh.default, got {ops!r}")
@@ -51,16 +54,21 @@ def register(ops: Any, rule: Rule | Composite, kind: str | None = None) -> None:
         RULES.pop(op, None)
         COMPOSITES.pop(op, None)
         if isinstance(rule, Composite):
-            COMPOSITES[op] = rule.body
+            COMPOSITES[op] = body_of_operator(rule.body) if op in FUNCTIONS else rule.body
             KINDS[op] = "composite"
         else:
-            RULES[op] = rule
+            RULES[op] = rule_of_operator(rule) if op in FUNCTIONS else rule
             KINDS[op] = getattr(rule, "kind", "own rule") if kind is None else kind
 
 
 def rule_for(op: Operator) -> Rule:
     """The operator's own rule, or a synthesised one."""
     return RULES[op] if op in RULES else DEFAULT[0](op)
+
+
+def kind_of(op: Any) -> str:
+    """How an operator is served: the kind of its own rule, or where its derivative comes from without one."""
+    return KINDS.get(op, "its backward" if op in FUNCTIONS else "synthesised")
 
 
 def register_rule(op: Any, rule: Rule | Composite) -> None:
@@ -101,4 +109,11 @@ def supported_ops() -> dict[str, str]:
 
 
 def _name(op: Operator) -> str:
+    if op in FUNCTIONS:
+        return spelled(op)
     return op.name() if isinstance(op, (OpOverload, HigherOrderOperator)) else str(op)
+
+
+def spelled(op: Any) -> str:
+    """The operator as its user wrote it."""
+    return FUNCTIONS[op].__qualname__.rpartition("<locals>.")[2] if op in FUNCTIONS else str(op)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fomoh_fx.custom_functions import Argument, FunctionOperator
 from fomoh_fx.hyperdual import HyperDual, primal_of
 
 
@@ -59,8 +60,13 @@ def primals(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any
 
 
 def bind(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Every argument of the operator's schema, in order, defaults filled in."""
-    values = list(args)
-    for argument in op._schema.arguments[len(args) :]:
-        values.append(kwargs.get(argument.name, argument.default_value if argument.has_default_value() else None))
-    return values
+    """Every argument of the operator, in order, defaults filled in."""
+    missing = arguments_of(op)[len(args) :]
+    return [*args, *(kwargs.get(argument.name, argument.default) for argument in missing)]
+
+
+def arguments_of(op: Any) -> list[Argument]:
+    """The arguments of the operator's schema, or of a custom Function's forward."""
+    if isinstance(op, FunctionOperator):
+        return op.arguments
+    return [Argument(a.name, a.default_value if a.has_default_value() else None) for a in op._schema.arguments]

@@ -33,7 +33,7 @@ def tested() -> set:
 
 #: Each of these has a test function below.
 REFUSED = [op for op, kind in KINDS.items() if kind == "refused"]
-TESTED_OTHERWISE = [*REFUSED, torch.ops.fomoh_fx.with_value.default, torch.ops.fomoh_fx.custom_function.default]
+TESTED_OTHERWISE = [*REFUSED, torch.ops.fomoh_fx.with_value.default]
 
 
 def test_every_operator_is_tested():
@@ -88,7 +88,7 @@ def test_supported_ops_lists_names_and_kinds():
     listed = fomoh_fx.supported_ops()
     expected = {
         "aten::tanh": "elementwise", "aten::relu": "gated", "aten::mm": "bilinear", "aten::permute": "linear",
-        "aten::glu": "composite", "aten::floor": "constant", "fomoh_fx::custom_function": "custom function",
+        "aten::glu": "composite", "aten::floor": "constant",
     }  # fmt: skip
     assert {name: listed.get(name) for name in expected} == expected
     assert list(listed) == sorted(listed) and len(listed) == len(KINDS)
@@ -207,6 +207,26 @@ def test_operator_with_a_backward_is_served():
     out = fomoh_fx.transform(lambda x: with_backward(x), wrt="inputs")(x, tangents=[v])
     torch.testing.assert_close(out.tangent, x.cos() * v)
     torch.testing.assert_close(out.cross, -x.sin() * v**2)
+
+
+def test_operator_with_a_backward_of_a_parameter():
+    """Its operator is recorded, not the autograd Function by which torch.library calls the backward."""
+
+    class Sine(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor([0.3, 1.2], dtype=torch.float64))
+
+        def forward(self) -> Tensor:
+            return with_backward(self.w * 2)
+
+    hd = fomoh_fx.transform(Sine())
+    v = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    out = hd(tangents={"w": v})
+    angle = 2 * hd.module.w.detach()
+    torch.testing.assert_close(out.tangent, 2 * angle.cos() * v)
+    torch.testing.assert_close(out.cross, -4 * angle.sin() * v**2)
+    assert hd.stages["capture"].graph.find_nodes(op="call_function", target=with_backward._opoverload)
 
 
 # Misuse.

@@ -1,0 +1,344 @@
+"""Custom autograd Functions as operators: one operator for each class, ``fomoh_fx_functions::Name(inputs, call)``.
+
+A graph's node of it is one call of the Function: its value is the Function's forward, and autograd connects it to the
+Function's backward. ``inputs`` are the tensors among the arguments; ``call`` numbers the rest of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd.function import Function
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fomoh_fx.errors import UnsupportedOpError
+
+library = torch.library.Library("fomoh_fx_functions", "DEF")
+namespace = torch.ops.fomoh_fx_functions
+
+FUNCTIONS: dict[Any, type[Function]] = {}  # by operator
+_OPERATORS: dict[type[Function], OpOverload] = {}
+CALLS: dict[int, FunctionCall] = {}
+
+
+def is_function(value: Any) -> bool:
+    """Whether the value is a custom autograd Function, the class."""
+    return isinstance(value, type) and issubclass(value, Function) and value is not Function
+
+
+def operator_of(function: type[Function]) -> OpOverload:
+    """The operator that stands for calls of the Function; it is made when it is first asked for."""
+    if function not in _OPERATORS:
+        name = re.sub(r"\W", "_", function.__name__, flags=re.ASCII)
+        while hasattr(namespace, name):  # another class of that name, or a method of the namespace itself
+            name += "_"
+        library.define(f"{name}(Tensor[] inputs, int call) -> Tensor[]")
+        library.impl(name, _value, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fomoh_fx_functions::{name}", _value, lib=library)
+        library.impl(name, _under_autograd, "Autograd")
+        op = getattr(namespace, name).default
+        _OPERATORS[function], FUNCTIONS[op] = op, function
+    return _OPERATORS[function]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A pytree with its tensors taken out."""
+
+    leaves: tuple[Any, ...]  # None where a tensor stands
+    is_tensor: tuple[bool, ...]
+    spec: pytree.TreeSpec
+
+    @staticmethod
+    def of(tree: Any) -> tuple[Template, list[Tensor]]:
+        """The template, and the tensors."""
+        leaves, spec = pytree.tree_flatten(tree)
+        is_tensor = tuple(isinstance(leaf, Tensor) for leaf in leaves)
+        others = tuple(None if t else leaf for t, leaf in zip(is_tensor, leaves, strict=True))
+        return Template(others, is_tensor, spec), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def has_leaves_of(self, other: Template) -> bool:
+        """Whether both have the same structure around the same objects."""
+        same = len(self.leaves) == len(other.leaves) and self.spec == other.spec and self.is_tensor == other.is_tensor
+        return same and all(a is b for a, b in zip(self.leaves, other.leaves, strict=True))
+
+    def fill(self, tensors: Sequence[Any]) -> Any:
+        """The pytree with other values in place of the tensors."""
+        mine = iter(tensors)
+        filled = [next(mine) if t else leaf for t, leaf in zip(self.is_tensor, self.leaves, strict=True)]
+        return pytree.tree_unflatten(filled, self.spec)
+
+
+class FunctionCall:
+    """One call of a custom Function.
+
+    Attributes:
+        function: the class.
+        arguments, results: its arguments and its results without their tensors; the results are known once it has run.
+        draws: whether its forward draws random numbers.
+        nested: the name of another Function that its backward calls, known once that has been traced.
+    """
+
+    def __init__(self, function: type[Function], arguments: Template) -> None:
+        self.function, self.arguments = function, arguments
+        self.results: Template | None = None
+        self.draws = False
+        self.nested = ""
+        self.number = len(CALLS)
+        CALLS[self.number] = self
+
+    def results_of(self, tensors: Sequence[Tensor]) -> Any:
+        """What the Function returns, by one call of its operator."""
+        found = operator_of(self.function)(list(tensors), self.number)
+        assert self.results is not None
+        return self.results.fill(found)
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The values of the tensors among the results."""
+        with torch.no_grad(), _Watch(tensors) as watch:
+            results = apply_function(self.function, *self.arguments.fill(tensors))
+        self.draws |= watch.draws
+        if watch.changes:
+            raise UnsupportedOpError(
+                f"the custom autograd Function {self.function.__name__} changes its arguments in place; let it return "
+                "new tensors"
+            )
+        self.results, found = Template.of(results)
+        return [t.clone() for t in found]
+
+    @cached_property
+    def recorded(self) -> type[Function]:
+        """The Function whose value is one call of the operator, and whose backward is the user's own.
+
+        What backward uses of the output is the operator's as well, so that it has the Function's own derivative; what
+        forward computes and saves besides has the derivative of that computation.
+        """
+        function = self.function
+
+        def value(args: Sequence[Any]) -> Any:
+            return self.results_of(Template.of(args)[1])
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C.DisableTorchFunction():
+                inside, outside = function.forward(ctx, *args), value(args)
+                inputs = {id(t) for t in Template.of(args)[1]}
+                pairs = zip(Template.of(inside)[1], Template.of(outside)[1], strict=True)
+                _replace_saved(ctx, {id(a): b for a, b in pairs if id(a) not in inputs})
+            return outside
+
+        def forward_alone(*args: Any) -> Any:
+            with torch._C.DisableTorchFunction():
+                return value(args)
+
+        pull = "backward" if function.vjp is Function.vjp else "vjp"
+
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            self.check_repeatable()
+            with _Stops(), self._noting_nested():
+                return getattr(function, pull)(ctx, *gradients)
+
+        chosen = forward_alone if has_setup_context(function) else forward
+        return type(function.__name__, (function,), {"forward": staticmethod(chosen), pull: staticmethod(backward)})
+
+    def check_repeatable(self) -> None:
+        """Refuse a Function whose forward, evaluated again for what backward uses, would give other values."""
+        if self.draws:
+            raise UnsupportedOpError(
+                f"the custom autograd Function {self.function.__name__} draws random numbers, so its backward cannot "
+                "be evaluated apart from its forward; a Composite of torch functions as its rule keeps them together"
+            )
+
+    @contextmanager
+    def _noting_nested(self) -> Any:
+        with functions_called(self._nested_call):
+            yield
+
+    def _nested_call(self, function: type[Function], *args: Any) -> Any:
+        self.nested = function.__name__
+        return apply_function(function, *args)
+
+
+def _replace_saved(ctx: Any, by: dict[int, Tensor]) -> None:
+    """Exchange tensors in what a forward has left in its context."""
+
+    def exchanged(value: Any) -> Any:
+        return pytree.tree_map(lambda leaf: by.get(id(leaf), leaf), value)
+
+    for name in ("to_save", "non_differentiable"):
+        if getattr(ctx, name) is not None:
+            setattr(ctx, name, exchanged(getattr(ctx, name)))
+    for name, value in vars(ctx).items():
+        setattr(ctx, name, exchanged(value))
+
+
+def apply_function(function: type[Function], *args: Any) -> Any:
+    """``function.apply(*args)`` as PyTorch does it, also while capture records such calls instead."""
+    return torch._C._FunctionBase.__dict__["apply"].__get__(None, function)(*args)
+
+
+@contextmanager
+def functions_called(call: Callable[..., Any]) -> Any:
+    """Let ``call(function, *args)`` serve calls below ``Function.apply``, which users bind to names of their own."""
+    single_level = torch.autograd.function._SingleLevelFunction
+    before = single_level.__dict__.get("apply")
+    under_transforms = torch._functorch.autograd_function.custom_function_call
+    single_level.apply = classmethod(call)  # type: ignore[attr-defined]
+    torch._functorch.autograd_function.custom_function_call = call  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if before is None:
+            del single_level.apply  # type: ignore[attr-defined]
+        else:
+            single_level.apply = before  # type: ignore[attr-defined]
+        torch._functorch.autograd_function.custom_function_call = under_transforms
+
+
+def _value(inputs: list[Tensor], call: int) -> list[Tensor]:
+    return CALLS[call].run(inputs)
+
+
+def _under_autograd(inputs: list[Tensor], call: int) -> list[Tensor]:
+    record = CALLS[call]
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator_of(record.function)(inputs, call)
+    return Template.of(apply_function(record.recorded, *record.arguments.fill(inputs)))[1]
+
+
+class _Watch(TorchDispatchMode):
+    """Notes whether random numbers are drawn, and whether the memory of one of the tensors is written to."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.tensors, self.draws, self.changes = tensors, False, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, OpOverload):
+            self.draws |= torch.Tag.nondeterministic_seeded in func.tags
+            named = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+            written = [named.get(a.name) for a in func._schema.arguments if a.is_write]
+            changed = [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Tensor)]
+            self.changes |= any(_share_memory(a, b) for a in changed for b in self.tensors)
+        return func(*args, **kwargs)
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a is b or a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+class _Stops(TorchFunctionMode):
+    """Records what a backward stops by ``detach`` or ``no_grad``: its derivative does not go on, as in reverse mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.differentiable = torch.is_grad_enabled()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        stops = func in _STOPS or func == torch.Tensor.data.__get__  # type: ignore[attr-defined]
+        if self.differentiable and (stops or (not torch.is_grad_enabled() and func not in _GRAD_MODE)):
+            return pytree.tree_map_only(Tensor, _stopped, out)
+        return out
+
+
+_STOPS = {torch.Tensor.detach, torch.detach}
+_GRAD_MODE = {torch._C._set_grad_enabled}
+
+
+def _stopped(x: Tensor) -> Tensor:
+    is_stopped = x.is_floating_point() or x.is_complex()
+    return torch.ops.fomoh_fx.stop_gradient.default(x) if is_stopped else x
+
+
+def has_setup_context(function: type[Function]) -> bool:
+    """Whether forward takes no context: the newer style."""
+    return function.setup_context is not Function.setup_context
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a Function's forward."""
+
+    name: str
+    default: Any = None
+
+
+class FunctionOperator:
+    """A Function as its rule sees it: called on tensors it gives the forward's value.
+
+    In a graph that is one call of the Function, under vmap the operators of its forward.
+    """
+
+    def __init__(self, record: FunctionCall) -> None:
+        self.record, self.function = record, record.function
+
+    def __call__(self, *args: Any) -> Any:
+        template, tensors = Template.of(args)
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+            return forward_of(self.function, args)
+        same = template.has_leaves_of(self.record.arguments)
+        return (self.record if same else FunctionCall(self.function, template)).results_of(tensors)
+
+    def __str__(self) -> str:
+        return self.function.__qualname__
+
+    __repr__ = __str__
+
+    @property
+    def arguments(self) -> list[Argument]:
+        """The arguments of forward, without its context."""
+        parameters = list(inspect.signature(self.function.forward).parameters.values())
+        mine = parameters if has_setup_context(self.function) else parameters[1:]
+        return [Argument(p.name, None if p.default is p.empty else p.default) for p in mine]
+
+
+def forward_of(function: type[Function], args: Sequence[Any]) -> Any:
+    """The value as the operators of the Function's forward, without its backward."""
+    return function.forward(*args) if has_setup_context(function) else function.forward(_Context(len(args)), *args)
+
+
+class _Context:
+    """The context of a forward whose backward is never called."""
+
+    def __init__(self, count: int) -> None:
+        self.needs_input_grad = (False,) * count
+
+    def save_for_backward(self, *tensors: Any) -> None: ...
+
+    save_for_forward = mark_non_differentiable = mark_dirty = set_materialize_grads = save_for_backward
+
+
+def rule_of_operator(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """From a rule of a Function's own arguments and results, the rule of its operator."""
+
+    def adapted(op: Any, components: Any, inputs: Sequence[Any], call: int) -> list[Any]:
+        record = CALLS[call]
+        return _listed(record, rule(FunctionOperator(record), components, *record.arguments.fill(inputs)))
+
+    return adapted
+
+
+def body_of_operator(body: Callable[..., Any]) -> Callable[..., Any]:
+    """From a body in a Function's own arguments and results, the body of its operator."""
+    return lambda inputs, call: _listed(CALLS[call], body(*CALLS[call].arguments.fill(inputs)))
+
+
+def _listed(record: FunctionCall, results: Any) -> list[Any]:
+    """What stands for each tensor among the Function's results."""
+    template = record.results
+    assert template is not None
+    given = zip(template.spec.flatten_up_to(results), template.is_tensor, strict=True)
+    return [result for result, is_tensor in given if is_tensor]
