@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.untraceable import traceable
 from fomoh_fx.custom_functions import FunctionCall, Template, apply_function, functions_called
+from fomoh_fx.functional_forms import apart, changed_arguments, changes_arguments, functional_form, named
 
 ops = torch.ops.fomoh_fx
 
@@ -44,6 +46,11 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 def _is_real(tensor: Tensor) -> bool:
     """A tensor with data of its own that is met while the frontend runs the model on fake ones."""
     return type(tensor) in _PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _is_size(x: Any) -> bool:
+    """A tree map would make a plain tuple of it, and ``tensor.new(tuple)`` means values, not a shape."""
+    return isinstance(x, torch.Size)
 
 
 def _mutates(func: Callable[..., Any]) -> bool:
@@ -84,8 +91,10 @@ class ReverseModeSemantics(TorchFunctionMode):
         if func in _GRAD_MODE:
             with torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
-        args, kwargs = pytree.tree_map_only(Tensor, self._own, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, self._own, (args, kwargs), is_leaf=_is_size)
         func = traceable(func, args)
+        if changes_arguments(called := _overload(func)):
+            return self._change_arguments(called, args, kwargs)
         if _mutates(func) and args and isinstance(args[0], Tensor) and _is_real(args[0]):
             self._remember(args[0])
         if func in _STOPS or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
@@ -126,6 +135,32 @@ class ReverseModeSemantics(TorchFunctionMode):
         target.copy_(ops.with_value.default(before, target))
         return target if isinstance(out, Tensor) else out
 
+    def _change_arguments(self, op: OpOverload, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """An operator of another library that changes its arguments: its functional form, and copies of the results."""
+        returned, new = apart(op, functional_form(op)(*args, **kwargs))
+        given = named(op, args, kwargs)
+        for argument, value in zip(changed_arguments(op), new, strict=True):
+            for target, result in zip(pytree.tree_leaves(given[argument.name]), pytree.tree_leaves(value), strict=True):
+                self._assign(target, result)
+        fresh = iter(returned)
+        by_alias = {tuple(a.alias_info.before_set): given[a.name] for a in changed_arguments(op)}
+        results = [
+            next(fresh) if r.alias_info is None else by_alias[tuple(r.alias_info.before_set)]
+            for r in op._schema.returns
+        ]
+        return None if not results else results[0] if len(results) == 1 else tuple(results)
+
+    def _assign(self, target: Tensor, value: Tensor) -> None:
+        """Give a tensor the value in place; its derivative goes on under no_grad."""
+        if _is_real(target):
+            self._remember(target)
+        if not torch.is_grad_enabled() and (target.is_floating_point() or target.is_complex()):
+            value = ops.with_value.default(target.clone(), value)
+        target.copy_(value)
+        if id(target) in self._stopped_views:
+            source = self._stopped_views[id(target)][1]
+            source.copy_(ops.with_value.default(source.clone(), target))
+
     def _mutate_source(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """In place on x.detach() or x.data, which share memory with x: x keeps its derivative and has the new value."""
         target, source = self._stopped_views[id(args[0])]
@@ -145,6 +180,13 @@ class ReverseModeSemantics(TorchFunctionMode):
             weight.copy_(ops.with_value.default(weight.clone(), value))
         given["max_norm"] = None
         return func(*bound.args, **bound.kwargs)
+
+
+def _overload(func: Any) -> Any:
+    """The only overload of a packet, which a user may call instead."""
+    if isinstance(func, OpOverloadPacket) and len(func.overloads()) == 1:
+        return getattr(func, func.overloads()[0])
+    return func
 
 
 _RENORMALISE = {torch.nn.functional.embedding, torch.nn.functional.embedding_bag}

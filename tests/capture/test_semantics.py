@@ -230,3 +230,15 @@ def test_an_embedding_with_max_norm_renormalises_the_value_of_its_weight(x, bags
         return (rows.mean(1) if bags else rows).sin().sum()
 
     assert_like_reverse_mode(f, x, reference=reference)
+
+
+def test_a_new_tensor_from_a_size_has_that_shape(x):
+    x = x[:2, :2]
+    torch.manual_seed(0)
+    draws = x.new(x.shape).uniform_(0.1, 1)
+
+    def f(x):
+        torch.manual_seed(0)
+        return (x.sin() * x.new(x.shape).uniform_(0.1, 1)).sum()
+
+    assert_like_reverse_mode(f, x, reference=lambda x: (x.sin() * draws).sum())
