@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.errors import FomohError, UnsupportedOpError
@@ -112,7 +113,7 @@ def _fitted(part: Tensor | None, primal: Tensor, count: int) -> Tensor | None:
     if part.dtype != primal.dtype:
         part = part.to(primal.dtype)
     shape = (count, *primal.shape)
-    return part if tuple(part.shape) == shape else part.expand(shape)
+    return part if statically_known_true(sym_eq(tuple(part.shape), shape)) else part.expand(shape)
 
 
 def expand(
