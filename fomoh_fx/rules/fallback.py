@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.custom_functions import CALLS, FUNCTIONS
 from fomoh_fx.errors import UnsupportedOpError
+from fomoh_fx.functional_forms import CHANGING
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined, add
 from fomoh_fx.passes.activity import analyse
 from fomoh_fx.passes.eliminate import eliminate
@@ -279,6 +280,12 @@ def synthesize(op: Operator) -> Rule:
     """
 
     def push(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        if op in CHANGING:
+            raise UnsupportedOpError("no rule, and PyTorch has no derivative of an operator that changes its arguments")
+        if _draws(op):
+            raise UnsupportedOpError(
+                "no rule, and it draws random numbers, so that a derivative of it evaluated apart would draw others"
+            )
         if not _has_autograd(op) or not any(_connected(op, which, args, kwargs)):  # a silent zero otherwise
             raise UnsupportedOpError("no rule, and PyTorch has no derivative of it")
         reasons = []
@@ -290,6 +297,10 @@ def synthesize(op: Operator) -> Rule:
         raise UnsupportedOpError("no rule, and PyTorch has no derivative to make one from (" + "; ".join(reasons) + ")")
 
     return from_jvp(push, kind="synthesised")
+
+
+def _draws(op: Any) -> bool:
+    return isinstance(op, OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
 
 
 def _has_autograd(op: Any) -> bool:

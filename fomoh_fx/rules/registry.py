@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch._library.custom_ops import CustomOpDef
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from fomoh_fx.custom_functions import FUNCTIONS, body_of_operator, is_function, operator_of, rule_of_operator
 from fomoh_fx.errors import ArgumentError
+from fomoh_fx.functional_forms import CHANGING, changes_arguments, functional_form
 
 Operator = OpOverload | HigherOrderOperator
 Rule = Callable[..., Any]
@@ -37,15 +39,23 @@ class Composite:
 def overloads(ops: Any) -> list[Operator]:
     """Every overload that computes a new value (no ``out=`` variant) of an operator, a packet or several of them."""
     if isinstance(ops, OpOverloadPacket):
-        found = [getattr(ops, name) for name in ops.overloads()]
+        found = [_functional(getattr(ops, name)) for name in ops.overloads()]
         return [op for op in found if not op._schema.is_mutable and "Dimname" not in str(op._schema)]
-    if isinstance(ops, (OpOverload, HigherOrderOperator)):
+    if isinstance(ops, CustomOpDef):
+        return [_functional(ops._opoverload)]
+    if isinstance(ops, OpOverload):
+        return [_functional(ops)]
+    if isinstance(ops, HigherOrderOperator):
         return [ops]
     if is_function(ops):
         return [operator_of(ops)]
     if isinstance(ops, Iterable) and not isinstance(ops, str):
         return [overload for op in ops for overload in overloads(op)]
     raise ArgumentError(f"op: expected an operator such as torch.ops.aten.tanh.default, got {ops!r}")
+
+
+def _functional(op: OpOverload) -> OpOverload:
+    return functional_form(op) if changes_arguments(op) else op
 
 
 def register(ops: Any, rule: Rule | Composite, kind: str | None = None) -> None:
@@ -111,9 +121,10 @@ def supported_ops() -> dict[str, str]:
 def _name(op: Operator) -> str:
     if op in FUNCTIONS:
         return spelled(op)
+    op = CHANGING.get(op, op)
     return op.name() if isinstance(op, (OpOverload, HigherOrderOperator)) else str(op)
 
 
 def spelled(op: Any) -> str:
     """The operator as its user wrote it."""
-    return FUNCTIONS[op].__qualname__.rpartition("<locals>.")[2] if op in FUNCTIONS else str(op)
+    return FUNCTIONS[op].__qualname__.rpartition("<locals>.")[2] if op in FUNCTIONS else str(CHANGING.get(op, op))
