@@ -13,6 +13,7 @@ from fomoh_fx.passes.activity import analyse, ancestors
 from fomoh_fx.passes.cse import merge_common_subexpressions
 from fomoh_fx.passes.eliminate import eliminate
 from fomoh_fx.passes.expand import Layout, Scope, expand
+from fomoh_fx.passes.layouts import refuse_sparse
 from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
 from fomoh_fx.passes.simplify import simplify
 from fomoh_fx.passes.verify import verify
@@ -59,6 +60,7 @@ class Compiled:
 def run(captured: fx.GraphModule, request: Request) -> Compiled:
     """Compile a captured graph into its hyper-dual expansion."""
     stages = {"capture": captured}
+    refuse_sparse(captured)
     seeds, asked = _seeds_and_asked(captured, request)
     stages["normalize"] = normalize(captured, analyse(captured.graph, seeds, asked).active)
     verify(stages["normalize"], "normalize")
