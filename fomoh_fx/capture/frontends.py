@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch._export.utils import _compiling_state_context
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
@@ -79,24 +80,33 @@ def _owns(module: nn.Module, tensor: Tensor) -> bool:
 def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program | CaptureError:
     """What the first frontend that captures the root makes of it, or why none does."""
     refused: list[str] = []
+    decided_by_data = False
     for name, frontend in FRONTENDS.items():
         try:
             with _tracing_state():
                 program = frontend(root, names, dynamic_shapes)
-        except UnsupportedOpError as error:
+        except (UnsupportedOpError, CaptureError) as error:
             where = source_line("".join(traceback.format_tb(error.__traceback__)))
-            raise UnsupportedOpError(f"{error}\n  at {where}" if where else str(error)) from error
+            raise type(error)(f"{error}\n  at {where}" if where else str(error)) from error
         except FomohError:
             raise
         except Exception as error:
             refused.append(f"{name}: {_reason(error)}")
+            decided_by_data |= isinstance(error, _DECIDED_BY_DATA)
             continue
         program.refused, program.outside = refused, tuple(root.outside)
         _share_tied(program)
         _name_inputs(program)
         return program
-    reasons = "\n  ".join(refused)
+    reasons = "\n  ".join([*refused, _ADVICE] if decided_by_data else refused)
     return CaptureError(f"model: no frontend could capture it as one graph\n  {reasons}")
+
+
+_DECIDED_BY_DATA = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+_ADVICE = (
+    "the values of tensors decide a branch, a loop or a shape there: write it with torch.where, torch.cond or a mask "
+    "over all cases, or let a Python number decide"
+)
 
 
 def _distinct(root: Root) -> tuple[Tensor, ...]:

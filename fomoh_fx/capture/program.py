@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fomoh_fx.capture.conversions import conversions_checked
+from fomoh_fx.capture.finite import AssumeFinite
 from fomoh_fx.capture.semantics import ReverseModeSemantics
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.passes.provenance import RecordSourceLines
@@ -122,7 +124,12 @@ class Root(nn.Module):
         args, kwargs, targets = self.call.rebuild(tensors)
         known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
         self.observed.semantics = ReverseModeSemantics(known, self.observed.before)
-        with self.observed.semantics, RecordSourceLines(), self._observe_modules():
+        with ExitStack() as stack:
+            for context in (
+                self.observed.semantics, RecordSourceLines(), AssumeFinite(), self._observe_modules(),
+                conversions_checked(self),
+            ):  # fmt: skip
+                stack.enter_context(context)
             output = self.model(*args, **kwargs)
             value = output if self.loss is None else self.loss(output, *targets)
         if self.loss is not None:

@@ -1,22 +1,90 @@
-"""Checks of values that a model makes: they stay in the graph."""
+"""What a model asks of its values while it runs, and what it does to itself: kept, answered with an assertion, refused."""
 
 import pytest
 import torch
+from torch import nn
 
 import fomoh_fx
+from fomoh_fx.errors import CaptureError
 
 
-def checked(x, n):
-    """What export cannot capture (vmap of grad), after a check of data."""
-    torch._check_tensor_all(n > 0, lambda: "n must be positive")
-    return (torch.func.vmap(torch.func.grad(torch.sin))(x) * x).sum()
+def slope_of_sine(x):
+    """A call that export cannot capture."""
+    return torch.func.vmap(torch.func.grad(torch.sin))(x)
+
+
+def along_ones(function, x, *rest):
+    hd = fomoh_fx.transform(function, wrt="inputs")
+    ones = torch.ones(1, *x.shape, dtype=x.dtype)
+    return hd, lambda *args: hd(*args, tangents=[ones, *[None] * len(rest)])
 
 
 def test_check_of_data():
-    hd = fomoh_fx.transform(checked, wrt="inputs")
-    x, v = torch.rand(3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
-    out = hd(x, torch.tensor([1, 2]), tangents=[v, None])
+    def function(x, n):
+        torch._check_tensor_all(n > 0, lambda: "n must be positive")
+        return (slope_of_sine(x) * x).sum()
+
+    x, n = torch.rand(3, dtype=torch.float64), torch.tensor([1, 2])
+    hd, call = along_ones(function, x, n)
+    torch.testing.assert_close(call(x, n).tangent[0], (x.cos() - x * x.sin()).sum())
     assert hd.latest.program.frontend == "make_fx"
-    torch.testing.assert_close(out.tangent[0], (x.cos() - x * x.sin()).sum())
     with pytest.raises(RuntimeError, match="n must be positive"):
-        hd(x, torch.tensor([1, -2]), tangents=[v, None])
+        call(x, -n)
+
+
+def overflowing(x):
+    y = (2 * x).exp()
+    if not torch.isfinite(y).all():
+        y = y.clamp(max=10)
+    if torch.isnan(y).any() or y.isinf().any():
+        y = y * 0
+    return y.sum()
+
+
+@pytest.mark.parametrize("frontend", ["torch.export", "make_fx"])
+def test_branch_on_finite_values(frontend):
+    """The branch for finite values is taken, and asserted."""
+
+    def function(x):
+        return overflowing(x) + (slope_of_sine(x).sum() * 0 if frontend == "make_fx" else 0)
+
+    x = torch.rand(3, dtype=torch.float64)
+    hd, call = along_ones(function, x)
+    torch.testing.assert_close(call(x).tangent[0], 2 * (2 * x).exp().sum())
+    assert hd.latest.program.frontend == frontend
+    with pytest.raises(RuntimeError, match=r"not finite.*test_checks.py.*isfinite"):
+        call(x * 1e4)
+
+
+def test_branch_on_whether_any_value_is_finite():
+    """Finite values do not decide everything: some of them may be."""
+
+    def function(x):
+        return x.sum() if torch.isnan(x).all() else (2 * x).sum()
+
+    with pytest.raises(CaptureError, match=r"(?s)test_checks.py.*torch.where"):
+        along_ones(function, torch.rand(3))[1](torch.rand(3))
+
+
+class Converted(nn.Module):
+    """A module that converts a part of itself whenever it runs."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.layer, self.dtype = nn.Linear(3, 1), dtype
+
+    def forward(self, x):
+        self.layer = self.layer.to(self.dtype)
+        return self.layer(x.to(self.dtype)).square().sum()
+
+
+def test_conversion_that_changes_nothing():
+    model, x = Converted(torch.float32), torch.rand(2, 3)
+    tangents = {"layer.bias": torch.ones(1, 1)}
+    out = fomoh_fx.transform(model)(x, tangents=tangents)
+    torch.testing.assert_close(out.tangent[0], 2 * model.layer(x).detach().sum())
+
+
+def test_conversion_is_refused():
+    with pytest.raises(CaptureError, match=r"(?s)Linear from torch.float32.*float64.*beforehand.*self.layer.to"):
+        fomoh_fx.transform(Converted(torch.float64))(torch.rand(2, 3), tangents={"layer.bias": torch.ones(1, 1)})
