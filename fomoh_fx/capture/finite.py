@@ -50,7 +50,5 @@ class AssumeFinite(TorchFunctionMode):
     def _assumed(test: Tensor, answer: bool) -> bool:
         where = source_line("".join(traceback.format_stack()))
         holds = test if answer else test.logical_not()
-        torch._assert_async(
-            holds, f"values are not finite: the branch on that was captured for finite ones (at {where})"
-        )
+        torch._assert_async(holds, f"values are not finite, but the branch for finite ones was captured (at {where})")
         return answer

@@ -1,4 +1,4 @@
-"""What a model asks of its values while it runs, and what it does to itself: kept, answered with an assertion, refused."""
+"""What a model asks of its values, and what it does to itself, while it runs: asserted, or refused."""
 
 import pytest
 import torch
