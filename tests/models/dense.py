@@ -119,3 +119,29 @@ def parameter_containers() -> Problem:
             return self.bilinear(x, y)
 
     return Problem(Model(), (r(4, 3),))
+
+
+@problem
+def experts_by_rows() -> Problem:
+    class Model(nn.Module):
+        """Each expert sees the tokens that chose it, as many as they are; its rows are added where they belong."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(4, 3, bias=False)
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 5), nn.SiLU(), nn.Linear(5, 4)) for _ in range(3))
+            self.shared = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            scores = self.gate(x).softmax(-1)
+            weights, chosen = scores.topk(2, -1)
+            weights = weights / weights.sum(-1, keepdim=True)
+            chosen_by = F.one_hot(chosen, 3).permute(2, 1, 0)
+            out = self.shared(x)
+            for number, expert in enumerate(self.experts):
+                place, token = torch.where(chosen_by[number])
+                out = out.index_add(0, token, expert(x[token]) * weights[token, place].unsqueeze(-1))
+            share = F.one_hot(chosen, 3).to(x.dtype).mean((0, 1))
+            return out, 3 * (share * scores.mean(0)).sum() + 1e-3 * self.gate(x).logsumexp(-1).square().mean()
+
+    return Problem(Model(), (r(5, 4),))

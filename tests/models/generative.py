@@ -119,7 +119,7 @@ def mixture_density() -> Problem:
 @problem
 def reparameterised_samples() -> Problem:
     class Model(nn.Module):
-        """Draws with derivatives: Normal, Laplace, Gumbel softmax (hard, with straight-through), Logistic by transforms."""
+        """Draws with derivatives: Normal, Laplace, Gumbel softmax (also straight-through), Logistic by its inverse."""
 
         def __init__(self) -> None:
             super().__init__()

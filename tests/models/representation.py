@@ -128,10 +128,8 @@ def distillation() -> Problem:
 
         def forward(self, x: Tensor) -> Tensor:
             h, goal = self.student(x).tanh(), self.teacher(x).tanh().detach()
-            soft = F.kl_div(
-                (self.head(h) / 2).log_softmax(-1), (self.head(goal) / 2).log_softmax(-1).detach(), reduction="batchmean",
-                log_target=True,
-            )  # fmt: skip
+            told, taught = (self.head(h) / 2).log_softmax(-1), (self.head(goal) / 2).log_softmax(-1).detach()
+            soft = F.kl_div(told, taught, reduction="batchmean", log_target=True)
             correlation = torch.corrcoef(torch.cat([h, goal], 1).T)[:3, 3:]
             kernel = torch.exp(
                 -torch.cat([h, goal]).unsqueeze(0).sub(torch.cat([h, goal]).unsqueeze(1)).square().sum(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import fomoh_fx
-from tests.models.checking import Problem, check
+from fomoh_fx.errors import CaptureError
+from tests.models.checking import Problem, check, truth_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -166,6 +168,7 @@ DETR = {
     "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_queries": 3,
     "backbone_config": {"model_type": "resnet", **RESNET, "out_features": ["stage2"]},
 }  # fmt: skip
+MIXTRAL = {**GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2}
 
 OTHERS = {
     "gpt2-eager": Case("GPT2LMHeadModel", "GPT2Config", GPT2, uncached, EAGER),
@@ -184,8 +187,7 @@ OTHERS = {
     "bloom": Case("BloomForCausalLM", "BloomConfig", BLOOM, masked_uncached),
     "falcon": Case("FalconForCausalLM", "FalconConfig", SIZES, uncached),
     "mixtral": Case(
-        "MixtralForCausalLM", "MixtralConfig", {**GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2}, uncached,
-        {"_experts_implementation": "batched_mm"},
+        "MixtralForCausalLM", "MixtralConfig", MIXTRAL, uncached, {"_experts_implementation": "batched_mm"}
     ),
     "deberta": Case("DebertaV2ForSequenceClassification", "DebertaV2Config", SIZES, masked),
     "whisper": Case("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, speech_features),
@@ -218,3 +220,26 @@ def test_eager(name: str) -> None:
 @pytest.mark.parametrize("name", REQUIRED)
 def test_compiled(name: str) -> None:
     check(CASES[name].problem(), lower=fomoh_fx.compile)
+
+
+@pytest.mark.slow
+def test_experts_by_grouped_products() -> None:
+    """The default implementation, in float32: PyTorch's grouped product has no float64. Truth: one product for each."""
+    problem = CASES["mixtral"].problem()
+    tangents = problem.directions(2)
+    truth = truth_of(problem, tangents)
+    model = deepcopy(problem.model).float()
+    model.config._experts_implementation = "grouped_mm"
+    hd = fomoh_fx.transform(model, loss)
+    out = hd(tangents={name: v.float() for name, v in tangents.items()}, targets=(), **problem.kwargs)
+    assert any("grouped_mm" in str(n.target) for n in hd.stages["normalize"].graph.nodes)
+    for actual, expected in zip((out.primal, out.tangent, out.hessian()), truth, strict=False):
+        assert float((actual.double() - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.slow
+def test_experts_in_a_loop_over_those_that_are_chosen_are_refused() -> None:
+    problem = CASES["mixtral"].problem()
+    problem.model.config._experts_implementation = "eager"
+    with pytest.raises(CaptureError, match="expert_hit"):
+        fomoh_fx.transform(problem.model, loss)(tangents=problem.directions(1), targets=(), **problem.kwargs)

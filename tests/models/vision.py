@@ -353,3 +353,54 @@ def semantic_segmentation_with_focal_and_dice() -> Problem:
         return focal + dice.mean()
 
     return Problem(Model(), (r(2, 2, 4, 4),), loss=focal_and_dice, targets=(torch.randint(3, (2, 6, 6)),))
+
+
+@problem
+def set_prediction() -> Problem:
+    class Model(nn.Module):
+        """Queries decode boxes and classes from an image's features, as in DETR."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.queries = nn.Conv2d(1, 4, 2, stride=2), nn.Parameter(torch.randn(3, 4))
+            self.decoder = nn.TransformerDecoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+            self.classes, self.boxes = nn.Linear(4, 3), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            memory = self.features(x).flatten(2).transpose(1, 2)
+            h = self.decoder(self.queries.expand(x.shape[0], -1, -1), memory)
+            return self.classes(h), self.boxes(h).sigmoid()
+
+    def corners(box: Tensor) -> Tensor:
+        centre, size = box.chunk(2, -1)
+        return torch.cat([centre - size / 2, centre + size / 2], -1)
+
+    def area(box: Tensor) -> Tensor:
+        return (box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1)
+
+    def generalised_overlap(a: Tensor, b: Tensor) -> Tensor:
+        a, b = corners(a), corners(b)
+        low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+        inner = (high - low).clamp(min=0).prod(-1)
+        union = area(a) + area(b) - inner
+        hull = torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], -1)
+        return inner / union - (area(hull) - union) / area(hull)
+
+    def matched(output: tuple[Tensor, Tensor], labels: Tensor, boxes: Tensor) -> Tensor:
+        """The best of all assignments of two truths to three queries, by costs without derivative."""
+        logits, predicted = output
+        assignments = torch.tensor([[0, 1], [0, 2], [1, 0], [1, 2], [2, 0], [2, 1]])
+        with torch.no_grad():
+            apart = torch.cdist(predicted, boxes, p=1)
+            overlap = generalised_overlap(predicted.unsqueeze(2), boxes.unsqueeze(1))
+            unlikely = -logits.softmax(-1).gather(2, labels.unsqueeze(1).expand(-1, 3, -1))
+            cost = 5 * apart - 2 * overlap + unlikely
+            best = assignments[cost[:, assignments, torch.arange(2)].sum(-1).argmin(-1)]
+        chosen = predicted.gather(1, best.unsqueeze(-1).expand(-1, -1, 4))
+        classes = torch.full((2, 3), 2).scatter(1, best, labels)
+        weight = torch.tensor([1.0, 1.0, 0.1], dtype=logits.dtype)
+        near = F.l1_loss(chosen, boxes) * 5 + 2 * (1 - generalised_overlap(chosen, boxes)).mean()
+        return F.cross_entropy(logits.transpose(1, 2), classes, weight) + near
+
+    targets = (torch.tensor([[0, 1], [1, 1]]), torch.rand(2, 2, 4, dtype=torch.float64) / 2 + 0.25)
+    return Problem(Model().train(), (r(2, 1, 4, 4),), loss=matched, targets=targets)
