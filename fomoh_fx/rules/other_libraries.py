@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 
 from fomoh_fx.rules.bilinear import grouped_mm
-from fomoh_fx.rules.registry import Rule, register
+from fomoh_fx.rules.regions import RULES as REGIONS
+from fomoh_fx.rules.registry import KINDS, Composite, Rule, overloads, register
 
-_RULES: dict[str, tuple[Rule, str]] = {
+_RULES: dict[str, tuple[Rule | Composite, str]] = {
+    **REGIONS,
     "transformers::grouped_mm_fallback": (grouped_mm, "bilinear"),  # its backward has no derivative
 }
 _waiting = set(_RULES)
@@ -22,5 +24,5 @@ def register_present() -> None:
         namespace, _, op = name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), op, None)
         if packet is not None:
-            register(packet, *_RULES[name])
+            register([op for op in overloads(packet) if op not in KINDS], *_RULES[name])  # but for a user's own rule
             _waiting.discard(name)

@@ -6,6 +6,7 @@ The components are more samples of one batch: [K, N, C, ..] becomes [K * N, C, .
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,25 +77,25 @@ def _coordinate(c: Tensor, size: int, padding: int, align_corners: bool) -> Tens
     return c if padding == 0 else aten.hardtanh.default(c, 0, size - 1)  # at the border itself no derivative
 
 
-def _grid_sampler(x: Tensor, grid: Tensor, mode: int, padding: int, align_corners: bool) -> Tensor:
-    """The sum over the corners around each point of value times distances (mode 0), or the nearest value (mode 1)."""
+def at_points(x: Tensor, coordinates: Sequence[Tensor], nearest: bool = False) -> Tensor:
+    """[N, C, *sizes] at points [N, *points] given by one coordinate in pixels for each size: [N, C, *points].
+
+    The sum over the corners around each point of value times distances, or the nearest value; zero outside.
+    """
     n, channels, *sizes = x.shape
-    points = grid.shape[1:-1]
-    coordinates = [
-        _coordinate(grid.select(-1, len(sizes) - 1 - a), size, padding, align_corners) for a, size in enumerate(sizes)
-    ]
-    lower = [c.round() if mode == 1 else c.floor() for c in coordinates]
+    points = coordinates[0].shape[1:]
+    lower = [c.round() if nearest else c.floor() for c in coordinates]
     flat = x.reshape(n, channels, -1)
     total = None
-    for corner in itertools.product((0, 1), repeat=0 if mode == 1 else len(sizes)):
+    for corner in itertools.product((0, 1), repeat=0 if nearest else len(sizes)):
         weight, inside, index = None, None, None
         for a, size in enumerate(sizes):
-            at = lower[a] + corner[a] if mode == 0 else lower[a]
+            at = lower[a] if nearest else lower[a] + corner[a]
             within = (at >= 0) & (at <= size - 1)
             place = at.clamp(0, size - 1).to(torch.int64)
             inside = within if inside is None else inside & within
             index = place if index is None else index * size + place
-            if mode == 0:
+            if not nearest:
                 distance = coordinates[a] - lower[a]
                 share = distance if corner[a] else 1 - distance
                 weight = share if weight is None else weight * share
@@ -105,6 +106,15 @@ def _grid_sampler(x: Tensor, grid: Tensor, mode: int, padding: int, align_corner
         total = value if total is None else total + value
     assert total is not None  # a point has a corner
     return total
+
+
+def _grid_sampler(x: Tensor, grid: Tensor, mode: int, padding: int, align_corners: bool) -> Tensor:
+    """Linear interpolation between the corners around each point (mode 0), or the nearest value (mode 1)."""
+    sizes = x.shape[2:]
+    coordinates = [
+        _coordinate(grid.select(-1, len(sizes) - 1 - a), size, padding, align_corners) for a, size in enumerate(sizes)
+    ]
+    return at_points(x, coordinates, nearest=mode == 1)
 
 
 def _grid_sampler_2d(x: Tensor, grid: Tensor, mode: int, padding: int, align_corners: bool) -> Tensor:
