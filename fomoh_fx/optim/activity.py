@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fomoh_fx.errors import ArgumentError
-from fomoh_fx.optim.directions import Batch, RandomDirections, Stacks, norms
+from fomoh_fx.optim.directions import Batch, RandomDirections
+from fomoh_fx.optim.samplers import Stacks, dimension_of, norms, scaled, unit_scale
 from fomoh_fx.perturbation import ActivityGradient, Fit
 
 #: Directions that can be asked for, in this order.
@@ -55,9 +56,9 @@ class ActivityDirections(RandomDirections):
         self.guesses = 0
         self.length = torch.zeros(())
 
-    def propose(self, parameters: Mapping[str, Tensor], batch: Batch | None = None) -> Stacks:
-        assert batch is not None
-        guess = self.gradient(batch.args, batch.kwargs, batch.targets, tuple(parameters), self._signs, self.feedback)
+    def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Stacks:
+        targets = batch.targets or ()
+        guess = self.gradient(batch.args, batch.kwargs, targets, tuple(parameters), self._signs, self.feedback)
         self._average(parameters, guess.gradients)
         for name, fit in guess.fits.items():
             self.feedback[name] = _corrected(self.feedback.get(name), fit)
@@ -66,15 +67,13 @@ class ActivityDirections(RandomDirections):
         averaged = self._adapted({name: -m for name, m in self.averages.items()})
         found = [averaged, {name: before.get(name, v) for name, v in fresh.items()}, fresh][: self.count]
         stacks = {name: torch.stack([direction[name] for direction in found]) for name in parameters}
-        norm = norms(stacks)
-        scale = math.sqrt(sum(p.numel() for p in parameters.values())) / torch.where(norm > 0, norm, 1)
-        return {name: v * scale.to(v).reshape(-1, *[1] * (v.ndim - 1)) for name, v in stacks.items()}
+        return scaled(stacks, unit_scale(stacks))
 
     def observe(self, directions: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> None:
         """As for random directions; ``length`` is the step's in units of the direction that it becomes."""
         super().observe(directions, moved)
         total = norms({name: change.unsqueeze(0) for name, change in moved.items()})[0]
-        self.length = total / math.sqrt(sum(change.numel() for change in moved.values()))
+        self.length = total / math.sqrt(dimension_of(moved))
 
     def state_dict(self) -> dict[str, Any]:
         """The random state, the averages, the matrices B and the step before."""
@@ -105,7 +104,7 @@ class ActivityDirections(RandomDirections):
 
     def _signs(self, shape: Sequence[int], like: Tensor) -> Tensor:
         u = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
-        return u.bernoulli_(0.5, generator=self._generator(like.device)).mul_(2).sub_(1)
+        return u.bernoulli_(0.5, generator=self.generator(like.device)).mul_(2).sub_(1)
 
 
 def _corrected(matrix: Tensor | None, fit: Fit) -> Tensor:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,23 @@ from torch import Tensor, nn
 from fomoh_fx import lower
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.hyperdual import HyperDual, SecondOrder
-from fomoh_fx.optim.directions import Batch, RandomDirections, Stacks
+from fomoh_fx.optim.directions import Batch, Directions
+from fomoh_fx.optim.record import StepRecord
+from fomoh_fx.optim.replay import Replay
+from fomoh_fx.optim.samplers import Stacks
 from fomoh_fx.optim.skipped import SkippedSteps
+from fomoh_fx.optim.snapshot import Buffers
 from fomoh_fx.seeds import selected_parameters
 from fomoh_fx.transform import Curvature, HyperDualModule
+
+
+class Options(TypedDict, total=False):
+    """What every optimizer takes; :class:`ForwardOptimizer` says what it means."""
+
+    params: Iterable[Any] | None
+    weight_decay: float
+    largest_rise: float | None
+    diagnostics: bool
 
 
 class ForwardOptimizer(torch.optim.Optimizer):
@@ -32,37 +46,60 @@ class ForwardOptimizer(torch.optim.Optimizer):
         hd: what :func:`fomoh_fx.transform` or :func:`fomoh_fx.compile` returned. Where its ``second_order`` is not
             the one that this optimizer needs, the optimizer makes one that has it, from the same model and loss.
         directions: where the steps look.
+        lr: each group's own scales that group's part of the step.
+        curvature: the one that is needed; None for that of ``hd``.
         params: parameters, or groups of them with options of their own, as for every optimizer of ``torch.optim``;
             None for all that ``hd.wrt`` selects. Parameters in no group are left alone, and so are frozen ones
             (``requires_grad`` False).
-        lr: each group's own scales that group's part of the step.
         weight_decay: decoupled, theta <- (1 - lr weight_decay) theta.
-        curvature: the one that is needed; None for that of ``hd``.
+        largest_rise: a step after which the batch's loss is not finite, or has risen by more than this part of itself,
+            is taken back and counted in :attr:`refused`, and the next one is a quarter as long; every step that stays
+            doubles that factor, up to 1. This takes one more evaluation of the value (with the same dropout masks
+            and the buffers of before) and a copy of the parameters. None: steps are not looked at again. Unless it
+            is given it is 0.1 for all that use curvature, None for FGD.
+        diagnostics: whether :attr:`last_step` tells about every step, the loss after it included (one more evaluation
+            of the value).
     """
 
     second_order: ClassVar[SecondOrder]
-    judges: bool = False  #: whether a step is looked at again after it was made, and may be taken back
+    default_largest_rise: ClassVar[float | None] = 0.1
+    last_step: StepRecord | None = None  #: the last step, with ``diagnostics=True``
 
     def __init__(
         self,
         hd: HyperDualModule,
-        directions: RandomDirections,
-        *,
-        params: Iterable[Any] | None = None,
+        directions: Directions,
         lr: float | Tensor,
-        weight_decay: float = 0.0,
         curvature: Curvature | None = None,
+        **options: Unpack[Options],
     ) -> None:
         self.hd = fitted(hd, self.second_order, curvature)
         self.directions = directions
+        self.largest_rise = options.get("largest_rise", self.default_largest_rise)
+        self.diagnostics = options.get("diagnostics", False)
         self._skipped = SkippedSteps()
+        self._refused = torch.zeros((), dtype=torch.int64)
+        self._length = torch.ones((), dtype=torch.float64)
+        weight_decay = options.get("weight_decay", 0.0)
         at_least_zero("lr", lr)
         at_least_zero("weight_decay", weight_decay)
-        super().__init__(self._groups(params), {"lr": lr, "weight_decay": weight_decay})
+        if self.largest_rise is not None:
+            at_least_zero("largest_rise", self.largest_rise)
+        super().__init__(self._groups(options.get("params")), {"lr": lr, "weight_decay": weight_decay})
 
     @abstractmethod
     def coefficients(self, value: HyperDual) -> Tensor:
         """kappa [K], from the loss with its components; non-finite where there is no step."""
+
+    def learn(self, record: StepRecord) -> None:
+        """Adapt to what the step did; called after every step. Here: a shorter step after one that was taken back."""
+        if record.refused is not None:
+            length = self._length.to(record.refused.device)
+            self._length = torch.where(record.refused, length / 4, (2 * length).clamp(max=1))
+
+    def damping(self) -> Tensor | None:
+        """The damping of the step that was just solved for, where there is one."""
+        return None
 
     @torch.no_grad()
     def step(self, *args: Any, targets: Sequence[Any] | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
@@ -70,48 +107,77 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
         Args:
             args, kwargs: the model's own arguments.
-            targets: what the loss takes after the model's output.
+            targets: what the loss takes after the model's output; without a loss an ordinary keyword of the model.
 
         Returns:
-            The loss before the step. Where it, a derivative or the step is not finite, the parameters stay as they
-            are and the step is counted in :attr:`skipped`.
+            The loss before the step, 0-dim. Where it, a derivative, or what the step would lead to is not finite, the
+            parameters and buffers stay as they are and the step is counted in :attr:`skipped`.
         """
-        batch = Batch(args, kwargs, tuple(targets or ()))
+        batch = self._batch(args, kwargs, targets)
         directions = self.directions.propose(self._trained(), batch)
-        value = self.evaluate(directions, batch, targets)
-        loss = scalar_of(value)
-        kappa = self.coefficients(value)
+        buffers = Buffers(self.hd.module)
+        looks_again = self.diagnostics or self.largest_rise is not None
+        replay = Replay(self.hd, batch, buffers) if looks_again else None
+        value = self.hd(*batch.args, tangents=directions, **batch.keywords)
+        loss, kappa = scalar_of(value), self.coefficients(value)
+        kappa = kappa * self._length.to(kappa)
+        before = [p.clone() for p in self._trained().values()] if self.largest_rise is not None else []
         steps = {name: torch.tensordot(kappa.to(v), v, 1) for name, v in directions.items()}
-        valid = _all_finite(
-            [loss, value.tangent, kappa, *([] if value.cross is None else [value.cross]), *steps.values()]
-        )
-        before = [p.clone() for p in self._trained().values()] if self.judges else []
-        moved = self._move(steps, valid)
-        if self.judges:
-            stays = self.accepts(batch, value, kappa)
-            moved = self._taken_back(before, moved, stays)
+        moved, valid = self._move(steps, [loss, value.tangent, kappa, *([] if value.cross is None else [value.cross])])
+        buffers.restore(unless=valid)
+        record = self._record(value, kappa, valid)
+        if replay is not None:
+            record = replace(record, after=replay.loss().double())
+        if self.largest_rise is not None:
+            record, moved = self._judge(record, before, moved)
+        self.learn(record)
         self.directions.observe(directions, moved)
         self._skipped.count(~valid)
+        if self.diagnostics:
+            self.last_step = record
         return loss
 
-    def evaluate(self, directions: Stacks, batch: Batch, targets: Sequence[Any] | None) -> HyperDual:
-        """The loss with its components along the directions."""
-        return self.hd(*batch.args, tangents=directions, targets=targets, **batch.kwargs)
+    def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Batch:
+        if targets is None or self.hd.loss is None:
+            return Batch(args, kwargs if targets is None else {**kwargs, "targets": targets}, None)
+        if not isinstance(targets, (tuple, list)):
+            raise ArgumentError(f"targets: expected a tuple of the loss's arguments, got {type(targets).__name__}")
+        return Batch(args, kwargs, tuple(targets))
 
-    def accepts(self, batch: Batch, value: HyperDual, kappa: Tensor) -> Tensor:
-        """Whether the step that was just made stays, where the optimizer ``judges``: a 0-dim bool."""
-        raise NotImplementedError
+    def _record(self, value: HyperDual, kappa: Tensor, valid: Tensor) -> StepRecord:
+        curvature = None
+        if value.cross is not None:
+            curvature = value.hessian() if self.second_order == "plane" else value.cross
+        part = (self.param_groups[0]["lr"] * kappa).to(torch.float64)
+        return StepRecord(
+            loss=value.primal.double(),
+            slopes=value.tangent.double(),
+            curvature=None if curvature is None else curvature.double(),
+            part=part,
+            damping=self.damping(),
+            skipped=~valid,
+        )
 
-    def _taken_back(self, before: Sequence[Tensor], moved: Stacks, stays: Tensor) -> Stacks:
-        """The parameters as they were unless the step stays; the change that is left."""
+    def _judge(self, record: StepRecord, before: Sequence[Tensor], moved: Stacks) -> tuple[StepRecord, Stacks]:
+        """Take the step back where the loss rose too far."""
+        assert record.after is not None and self.largest_rise is not None
+        stays = record.after <= record.loss + self.largest_rise * record.loss.abs()  # False for NaN
+        refused = ~stays & ~record.skipped
+        self._refused = self._refused.to(refused.device) + refused
         for p, old in zip(self._trained().values(), before, strict=True):
             p.copy_(torch.where(stays.to(p.device), p, old))
-        return {name: torch.where(stays.to(v.device), v, 0) for name, v in moved.items()}
+        kept = {name: torch.where(stays.to(v.device), v, 0) for name, v in moved.items()}
+        return replace(record, refused=refused), kept
 
     @property
     def skipped(self) -> int:
         """How many steps were skipped so far; reading it waits for the device."""
         return self._skipped.total
+
+    @property
+    def refused(self) -> int:
+        """How many steps were taken back so far; reading it waits for the device."""
+        return int(self._refused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters must be the model's, and ``hd.wrt`` must select them."""
@@ -121,14 +187,17 @@ class ForwardOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The groups, the directions' random state, and the number of skipped steps."""
-        return {**super().state_dict(), "directions": self.directions.state_dict(), "skipped": self.skipped}
+        """The groups, the directions' random state, the numbers of skipped and refused steps, and the steps' length."""
+        counts = {"skipped": self.skipped, "refused": self.refused, "length": self._length}
+        return {**super().state_dict(), "directions": self.directions.state_dict(), **counts}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on exactly where ``state_dict`` was taken."""
         super().load_state_dict(dict(state_dict))
         self.directions.load_state_dict(state_dict["directions"])
         self._skipped.restore(state_dict["skipped"])
+        self._refused = torch.tensor(state_dict["refused"])
+        self._length = torch.as_tensor(state_dict["length"])
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """The parameters that move, by name."""
@@ -142,18 +211,24 @@ class ForwardOptimizer(torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 yield group, name, p
 
-    def _move(self, steps: Stacks, valid: Tensor) -> Stacks:
-        """Apply the steps where they are valid; the change of every parameter, weight decay left out."""
-        moved = {}
+    def _move(self, steps: Stacks, needed: Sequence[Tensor]) -> tuple[Stacks, Tensor]:
+        """Apply the steps if they lead to finite parameters and all that is needed is finite, a 0-dim bool.
+
+        The change of every parameter leaves weight decay out.
+        """
+        moved, proposed = {}, {}
         for group, name, p in self._members():
-            if name not in steps:
-                continue
-            here = valid.to(p.device)
-            if group["weight_decay"]:
-                p.mul_(torch.where(here, 1 - group["lr"] * group["weight_decay"], 1).to(p))
-            moved[name] = torch.where(here, steps[name], 0) * group["lr"]
-            p.add_(moved[name])
-        return moved
+            if name in steps:
+                kept = p * (1 - group["lr"] * group["weight_decay"]) if group["weight_decay"] else p
+                moved[name] = (steps[name] * group["lr"]).to(p.dtype)
+                proposed[name] = kept + moved[name]
+        valid = _all_finite([*needed, *proposed.values()])
+        for _, name, p in self._members():
+            if name in steps:
+                here = valid.to(p.device)
+                moved[name] = torch.where(here, moved[name], 0)
+                p.copy_(torch.where(here, proposed[name], p))
+        return moved, valid
 
     def _groups(self, params: Iterable[Any] | None) -> list[dict[str, Any]]:
         chosen = list(self._selected().values() if params is None else params)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
 from fomoh_fx.hyperdual import HyperDual
-from fomoh_fx.optim.base import ForwardOptimizer
-from fomoh_fx.optim.directions import RandomDirections, Sampler
+from fomoh_fx.optim.base import ForwardOptimizer, Options
+from fomoh_fx.optim.directions import RandomDirections
+from fomoh_fx.optim.samplers import Sampler
 from fomoh_fx.transform import HyperDualModule
 
 
@@ -20,11 +20,12 @@ class FGD(ForwardOptimizer):
 
     Args:
         directions: n, how many directions are averaged.
-        sampler: ``"normal"``, ``"rademacher"``, ``"sphere"``, ``"orthogonal"``, or a function like those.
+        sampler: a name in :data:`~fomoh_fx.optim.samplers.SAMPLERS`, or a function like those.
         seed: of the directions; None takes one from torch's default generator.
     """
 
     second_order = None
+    default_largest_rise = None
 
     def __init__(
         self,
@@ -33,12 +34,10 @@ class FGD(ForwardOptimizer):
         directions: int = 1,
         *,
         sampler: str | Sampler = "normal",
-        weight_decay: float = 0.0,
         seed: int | None = None,
-        params: Iterable[Any] | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        source = RandomDirections(directions, sampler, seed)
-        super().__init__(hd, source, params=params, lr=lr, weight_decay=weight_decay)
+        super().__init__(hd, RandomDirections(directions, sampler, seed), lr, **options)
 
     def coefficients(self, value: HyperDual) -> Tensor:
-        return -value.tangent / self.directions.count
+        return -value.tangent / value.tangent.shape[0]

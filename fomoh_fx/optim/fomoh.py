@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
 from fomoh_fx.hyperdual import HyperDual
-from fomoh_fx.optim.base import ForwardOptimizer, at_least_zero
-from fomoh_fx.optim.directions import RandomDirections, Sampler
+from fomoh_fx.optim.base import ForwardOptimizer, Options, at_least_zero
+from fomoh_fx.optim.directions import RandomDirections
+from fomoh_fx.optim.samplers import Sampler
 from fomoh_fx.transform import HyperDualModule
 
 
@@ -20,7 +20,7 @@ class FoMoH(ForwardOptimizer):
 
     Args:
         directions: n, how many directions are averaged.
-        sampler: ``"normal"``, ``"rademacher"``, ``"sphere"``, ``"orthogonal"``, or a function like those.
+        sampler: a name in :data:`~fomoh_fx.optim.samplers.SAMPLERS`, or a function like those.
         eps: added to the absolute curvature, which bounds the step where the loss is straight.
         seed: of the directions; None takes one from torch's default generator.
     """
@@ -35,14 +35,17 @@ class FoMoH(ForwardOptimizer):
         *,
         sampler: str | Sampler = "normal",
         eps: float = 1e-6,
-        weight_decay: float = 0.0,
         seed: int | None = None,
-        params: Iterable[Any] | None = None,
+        **options: Unpack[Options],
     ) -> None:
         at_least_zero("eps", eps)
         self.eps = eps
-        source = RandomDirections(directions, sampler, seed)
-        super().__init__(hd, source, params=params, lr=lr, weight_decay=weight_decay)
+        super().__init__(hd, RandomDirections(directions, sampler, seed), lr, **options)
 
     def coefficients(self, value: HyperDual) -> Tensor:
-        return -value.tangent / (value.cross.abs() + self.eps) / self.directions.count
+        return line_search(value, self.eps)
+
+
+def line_search(value: HyperDual, eps: float) -> Tensor:
+    """kappa_i = -g_i / (|v_i^T H v_i| + eps) / K: [K]."""
+    return -value.tangent / (value.cross.abs() + eps) / value.tangent.shape[0]

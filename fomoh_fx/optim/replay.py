@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fomoh_fx.capture import Call
 from fomoh_fx.optim.directions import Batch
+from fomoh_fx.optim.snapshot import Buffers, RandomState
 from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.transform import HyperDualModule
 
@@ -17,22 +18,16 @@ class Replay:
     Where the evaluation was lowered by Inductor its random numbers are other ones, so there the masks differ.
     """
 
-    def __init__(self, hd: HyperDualModule, batch: Batch) -> None:
-        self.hd, self.batch = hd, batch
-        self.devices = sorted({p.device.index for p in hd.module.parameters() if p.device.type == "cuda"})
-        self.state = torch.get_rng_state()
-        self.cuda_states = [torch.cuda.get_rng_state(device) for device in self.devices]
-        self.buffers = {id(b): b.clone() for b in hd.module.buffers()}
+    def __init__(self, hd: HyperDualModule, batch: Batch, buffers: Buffers) -> None:
+        self.hd, self.batch, self.random = hd, batch, RandomState(hd.module)
+        self.buffers = {id(buffer): kept for buffer, kept in buffers.kept}
 
     @torch.no_grad()
     def loss(self) -> Tensor:
         """The loss by the captured graph, with the parameters of now and the buffers of then."""
         program = self.hd.latest.program
-        tensors = Call(self.batch.args, self.batch.kwargs, self.batch.targets).tensors
+        tensors = Call(self.batch.args, self.batch.kwargs, self.batch.targets or ()).tensors
         now = [what.value(tensors) for what in program.inputs]
         value = next(i for i, out in enumerate(program.outputs) if out.changes is None)
-        with torch.random.fork_rng(self.devices), without_autocast():
-            torch.set_rng_state(self.state)
-            for device, state in zip(self.devices, self.cuda_states, strict=True):
-                torch.cuda.set_rng_state(state, device)
+        with self.random.replayed(), without_autocast():
             return program.module(*[self.buffers.get(id(t), t) for t in now])[value]

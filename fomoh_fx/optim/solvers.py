@@ -1,7 +1,8 @@
 """Plane solvers: from the slopes g [K] and the curvatures H [K, K] to the coefficients kappa [K] of the K directions.
 
 A solver is a function of (g, H), both float64 and finite, and may be registered under a name in :data:`SOLVERS`.
-``functools.partial`` sets its options: ``solver=partial(saddle_free, floor=1e-3)``.
+``functools.partial`` sets the options of a function, ``solver=partial(saddle_free, floor=1e-3)``; a solver that adapts
+is an object, ``solver=TrustRegion(radius=1.0)``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fomoh_fx.errors import ArgumentError
+from fomoh_fx.optim.adaptive import AdaptiveSolver, LevenbergMarquardt
+from fomoh_fx.optim.trust_region import TrustRegion
 
 Solver = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,44 +52,12 @@ def saddle_free(g: Tensor, h: Tensor, floor: float = 1e-5) -> Tensor:
     return -vectors @ ((vectors.mT @ g) / torch.maximum(absolute, least))
 
 
-class LevenbergMarquardt:
-    """kappa = -(H + damping diag H)^-1 g, damped as much as the last steps ask for (Levenberg 1944, Marquardt 1963).
-
-    After a step, :meth:`observe` compares the actual decrease of the loss with the one that the plane predicted:
-    below a quarter of it the damping grows, to 0.1 at least; above three quarters it shrinks. Nothing waits for the
-    device.
-
-    Args:
-        damping: at the start.
-        growth, decay: the factors by which it grows and shrinks.
-        least, most: its bounds.
-    """
-
-    def __init__(
-        self, damping: float = 0.1, growth: float = 4.0, decay: float = 0.7, least: float = 1e-4, most: float = 1e4
-    ) -> None:
-        self.damping = torch.tensor(damping, dtype=torch.float64)
-        self.growth, self.decay, self.least, self.most = growth, decay, least, most
-
-    def __call__(self, g: Tensor, h: Tensor) -> Tensor:
-        curvature = h.diagonal().abs()
-        scale = torch.where(curvature > 0, curvature, 1).rsqrt()
-        damped = h * scale.outer(scale) + self.damping.to(h) * torch.eye(len(g), dtype=h.dtype, device=h.device)
-        solution, _ = torch.linalg.solve_ex(damped, -g * scale)
-        return solution * scale
-
-    def observe(self, actual: Tensor, predicted: Tensor) -> None:
-        """The changes of the loss, negative where it fell; one that is not finite counts as a failure."""
-        damping = self.damping.to(actual)
-        ratio = torch.where(predicted < 0, actual / predicted, torch.nan)
-        grown = (damping * self.growth).clamp(min=0.1)
-        kept = torch.where(ratio > 0.75, damping * self.decay, damping)
-        self.damping = torch.where(ratio >= 0.25, kept, grown).clamp(self.least, self.most)
-
-
-SOLVERS: dict[str, Solver] = {
+#: By name; an adaptive solver is a class, of which every optimizer gets its own.
+SOLVERS: dict[str, Solver | type[AdaptiveSolver]] = {
     "jitter": jitter,
     "saddle_free": saddle_free,
+    "levenberg_marquardt": LevenbergMarquardt,
+    "trust_region": TrustRegion,
 }
 
 
@@ -96,8 +67,9 @@ def solver_of(solver: str | Solver) -> Solver:
     Raises:
         ArgumentError: there is no solver of that name.
     """
-    if callable(solver):
+    if callable(solver) and not isinstance(solver, type):
         return solver
-    if solver not in SOLVERS:
+    found = SOLVERS.get(solver) if isinstance(solver, str) else None
+    if found is None:
         raise ArgumentError(f"solver: expected one of {tuple(SOLVERS)} or a function, got {solver!r}")
-    return SOLVERS[solver]
+    return found() if isinstance(found, type) else found

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import fomoh_fx
 from fomoh_fx.optim import FGD, FoMoH, FoMoHKD
+from fomoh_fx.optim.directions import Batch
 
 ALL = (FGD, FoMoH, FoMoHKD)
 
@@ -70,6 +71,6 @@ def parameters_of(module: nn.Module) -> Tensor:
 def next_directions(opt) -> dict[str, Tensor]:
     """The directions that the next step will take."""
     state = opt.directions.state_dict()
-    drawn = opt.directions.propose(opt._trained())
+    drawn = opt.directions.propose(opt._trained(), Batch((), {}, None))
     opt.directions.load_state_dict(state)
     return drawn

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from fomoh_fx.errors import ArgumentError
-from fomoh_fx.optim.solvers import SOLVERS, jitter, saddle_free, solver_of
+from fomoh_fx.optim.solvers import jitter, saddle_free, solver_of
+
+EXACT = {"jitter": jitter, "saddle_free": saddle_free}
 
 
 def r(*shape: int) -> torch.Tensor:
@@ -18,7 +20,7 @@ def plane(*eigenvalues: float) -> torch.Tensor:
     return basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("solver", EXACT.values(), ids=EXACT)
 def test_regular_planes_give_newtons_step(solver):
     h, g = plane(1.0, 2.0, 5.0), r(3)
     torch.testing.assert_close(solver(g, h), -torch.linalg.solve(h, g))
@@ -35,7 +37,7 @@ def test_jitter_does_not_depend_on_the_directions_lengths():
     torch.testing.assert_close(jitter(g * lengths, h * lengths.outer(lengths)) * lengths, jitter(g, h))
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("solver", EXACT.values(), ids=EXACT)
 def test_a_direction_given_twice_gives_the_same_step(solver):
     twice = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 1, 0]], dtype=torch.float64)
     h, g = plane(1.0, 3.0), r(2)
@@ -43,18 +45,18 @@ def test_a_direction_given_twice_gives_the_same_step(solver):
     torch.testing.assert_close(twice[:, :2].T @ kappa, -torch.linalg.solve(h, g), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("solver", EXACT.values(), ids=EXACT)
 def test_a_dead_direction_is_not_taken(solver):
     h, g = torch.diag(torch.tensor([2.0, 0.0], dtype=torch.float64)), torch.tensor([1.0, 0.0], dtype=torch.float64)
     torch.testing.assert_close(solver(g, h), torch.tensor([-0.5, 0.0], dtype=torch.float64), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("solver", EXACT.values(), ids=EXACT)
 def test_no_curvature_at_all_is_a_gradient_step(solver):
     torch.testing.assert_close(solver(r(3), torch.zeros(3, 3, dtype=torch.float64)), -r(3))
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("solver", EXACT.values(), ids=EXACT)
 def test_nearly_singular_planes_stay_finite(solver):
     for small in (0.0, 1e-300, 1e-20, 1e-16, 1e-12):
         assert solver(r(3), plane(1.0, 1.0, small)).isfinite().all()

@@ -1,0 +1,75 @@
+"""Plane solvers that adapt: their caution follows the ratio of actual to predicted decrease of the loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class AdaptiveSolver(ABC):
+    """A solver that is told what its steps did. ``caution`` names the one number that it adapts.
+
+    ``damping``, float64 and 0-dim, is what it added to the plane's curvatures for the step that it found last.
+    """
+
+    damping: Tensor
+    caution: str
+
+    @abstractmethod
+    def __call__(self, g: Tensor, h: Tensor) -> Tensor:
+        """kappa [K] from the slopes [K] and the curvatures [K, K]."""
+
+    @abstractmethod
+    def observe(self, actual: Tensor, predicted: Tensor) -> None:
+        """The changes of the loss, negative where it fell; one that is not finite counts as a failure."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number that adapts."""
+        return {self.caution: getattr(self, self.caution)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+        setattr(self, self.caution, torch.as_tensor(state[self.caution]))
+
+
+def quality(actual: Tensor, predicted: Tensor) -> Tensor:
+    """actual / predicted: 1 for a perfect prediction, NaN where no decrease was predicted."""
+    return torch.where(predicted < 0, actual / predicted, torch.nan)
+
+
+class LevenbergMarquardt(AdaptiveSolver):
+    """kappa = -(H + damping diag |H|)^-1 g, damped as much as the last steps ask for (Levenberg 1944, Marquardt 1963).
+
+    Where the actual decrease of the loss is below a quarter of the predicted one the damping grows, to 0.1 at least;
+    where it is above three quarters it shrinks. Nothing waits for the device.
+
+    Args:
+        damping: at the start.
+        growth, decay: the factors by which it grows and shrinks.
+        least, most: its bounds.
+    """
+
+    caution = "damping"
+
+    def __init__(
+        self, damping: float = 0.1, growth: float = 4.0, decay: float = 0.7, least: float = 1e-4, most: float = 1e4
+    ) -> None:
+        self.damping = torch.tensor(damping, dtype=torch.float64)
+        self.growth, self.decay, self.least, self.most = growth, decay, least, most
+
+    def __call__(self, g: Tensor, h: Tensor) -> Tensor:
+        curvature = h.diagonal().abs()
+        scale = torch.where(curvature > 0, curvature, 1).rsqrt()
+        damped = h * scale.outer(scale) + self.damping.to(h) * torch.eye(len(g), dtype=h.dtype, device=h.device)
+        solution, _ = torch.linalg.solve_ex(damped, -g * scale)
+        return solution * scale
+
+    def observe(self, actual: Tensor, predicted: Tensor) -> None:
+        damping, ratio = self.damping.to(actual), quality(actual, predicted)
+        grown = (damping * self.growth).clamp(min=0.1)
+        kept = torch.where(ratio > 0.75, damping * self.decay, damping)
+        self.damping = torch.where(ratio >= 0.25, kept, grown).clamp(self.least, self.most)

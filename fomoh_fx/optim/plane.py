@@ -1,0 +1,67 @@
+"""What the hyperplane searches share: a plane solver, and what it learns from the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+from torch import Tensor
+
+from fomoh_fx.hyperdual import HyperDual
+from fomoh_fx.optim.adaptive import AdaptiveSolver
+from fomoh_fx.optim.base import ForwardOptimizer, Options
+from fomoh_fx.optim.directions import Directions
+from fomoh_fx.optim.record import StepRecord
+from fomoh_fx.optim.solvers import Solver, solver_of
+from fomoh_fx.transform import Curvature, HyperDualModule
+
+
+class PlaneSearch(ForwardOptimizer):
+    """theta <- theta + lr sum_i kappa_i v_i with kappa from a plane solver, by g and H_ij = v_i^T H v_j.
+
+    A solver that adapts learns from every step that is looked at again, in place of the factor by which other solvers'
+    steps become shorter. See :class:`ForwardOptimizer` for the other arguments.
+
+    Args:
+        lr: which part of the step to take; None for 1 with a solver that adapts, 0.1 with others.
+        solver: a name in :data:`~fomoh_fx.optim.solvers.SOLVERS`, or a function of (g, H) like those.
+    """
+
+    second_order = "plane"
+
+    def __init__(
+        self,
+        hd: HyperDualModule,
+        directions: Directions,
+        lr: float | Tensor | None,
+        solver: str | Solver,
+        curvature: Curvature | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        self.solver = solver_of(solver)
+        if lr is None:
+            lr = 1.0 if isinstance(self.solver, AdaptiveSolver) else 0.1
+        super().__init__(hd, directions, lr, curvature, **options)
+
+    def coefficients(self, value: HyperDual) -> Tensor:
+        g, h = value.tangent.double(), value.hessian().double()
+        return self.solver(g.nan_to_num(0, 0, 0), h.nan_to_num(0, 0, 0))  # a step that is not finite is skipped anyway
+
+    def damping(self) -> Tensor | None:
+        return self.solver.damping if isinstance(self.solver, AdaptiveSolver) else None
+
+    def learn(self, record: StepRecord) -> None:
+        if not isinstance(self.solver, AdaptiveSolver):
+            super().learn(record)
+        elif record.actual is not None:
+            self.solver.observe(record.actual, record.predicted)
+
+    def state_dict(self) -> dict[str, Any]:
+        """With what the solver has learned, where it adapts."""
+        solver = {"solver": self.solver.state_dict()} if isinstance(self.solver, AdaptiveSolver) else {}
+        return {**super().state_dict(), **solver}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if isinstance(self.solver, AdaptiveSolver):
+            self.solver.load_state_dict(state_dict["solver"])

@@ -1,0 +1,54 @@
+"""What one step of an optimizer was: its slopes and curvatures, and what was predicted of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step theta + sum_i part_i v_i, as tensors where the loss is; reading a number of them waits for the device.
+
+    ``loss`` is the one before the step and ``after`` the one after it on the same batch, with the same random numbers,
+    None where nothing asked for it. ``slopes`` [K] are v_i . grad f; ``curvature`` is [K, K] for a plane, [K] for a
+    diagonal, None at first order; ``part`` [K] is what was taken of each direction (by the first group's rate).
+    ``damping`` is the solver's, None where it has none. ``skipped``: something was not finite. ``refused``: the step
+    was taken back.
+    """
+
+    loss: Tensor
+    slopes: Tensor
+    curvature: Tensor | None
+    part: Tensor
+    damping: Tensor | None
+    skipped: Tensor
+    after: Tensor | None = None
+    refused: Tensor | None = None
+
+    @property
+    def eigenvalues(self) -> Tensor | None:
+        """Of the plane's Hessian, ascending; of a diagonal its entries, ascending."""
+        if self.curvature is None:
+            return None
+        return torch.linalg.eigvalsh(self.curvature) if self.curvature.dim() == 2 else self.curvature.sort().values
+
+    @property
+    def bend(self) -> Tensor:
+        """part^T H part, what is left out between the directions of a diagonal counting as zero."""
+        if self.curvature is None:
+            return torch.zeros_like(self.loss)
+        h = self.curvature if self.curvature.dim() == 2 else self.curvature.diag()
+        return self.part @ h @ self.part
+
+    @property
+    def predicted(self) -> Tensor:
+        """The change of the loss that the slopes and curvatures predict: g . part + part^T H part / 2."""
+        return self.part @ self.slopes + self.bend / 2
+
+    @property
+    def actual(self) -> Tensor | None:
+        """The change of the loss on the batch, before the step was taken back where it was."""
+        return None if self.after is None else self.after - self.loss
