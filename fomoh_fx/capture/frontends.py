@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
 from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.export import _trace
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -158,6 +160,8 @@ def _tracing_state() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about PyTorch's own calls
         stack.enter_context(_quiet("torch._subclasses.fake_tensor"))
+        stack.enter_context(_quiet("torch.fx.experimental.symbolic_shapes"))
+        stack.enter_context(patch.object(_trace, "print", lambda *_, **__: None, create=True))  # a graph
         stack.enter_context(_without_checks_of_values())
         yield
 
