@@ -27,9 +27,9 @@ from fomoh_fx.errors import UnsupportedOpError
 library = torch.library.Library("fomoh_fx_functions", "DEF")
 namespace = torch.ops.fomoh_fx_functions
 
-FUNCTIONS: dict[Any, type[Function]] = {}  # by operator
-_OPERATORS: dict[type[Function], OpOverload] = {}
-CALLS: dict[int, FunctionCall] = {}
+FUNCTIONS: dict[Any, Any] = {}  # by operator: the Function, or the Python function of a Triton kernel
+CALLS: dict[int, Any] = {}
+_OPERATORS: dict[Any, OpOverload] = {}
 
 
 def is_function(value: Any) -> bool:
@@ -38,18 +38,32 @@ def is_function(value: Any) -> bool:
 
 
 def operator_of(function: type[Function]) -> OpOverload:
-    """The operator that stands for calls of the Function; it is made when it is first asked for."""
+    """The operator that stands for calls of the Function."""
+    return define(function)
+
+
+def define(function: Any) -> OpOverload:
+    """The operator ``(inputs, call)`` of that name; it is made when it is first asked for."""
     if function not in _OPERATORS:
         name = re.sub(r"\W", "_", function.__name__, flags=re.ASCII)
         while hasattr(namespace, name):  # another class of that name, or a method of the namespace itself
             name += "_"
         library.define(f"{name}(Tensor[] inputs, int call) -> Tensor[]")
         library.impl(name, _value, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fomoh_fx_functions::{name}", _value, lib=library)
+        torch.library.register_fake(f"fomoh_fx_functions::{name}", _shape, lib=library)
         library.impl(name, _under_autograd, "Autograd")
         op = getattr(namespace, name).default
         _OPERATORS[function], FUNCTIONS[op] = op, function
     return _OPERATORS[function]
+
+
+def refuse_sizes(name: str, arguments: Any) -> None:
+    """Refuse arguments that depend on a dynamic dimension: a call keeps what is no tensor as it was."""
+    if any(isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)) for leaf in pytree.tree_leaves(arguments)):
+        raise UnsupportedOpError(
+            f"an argument of {name} depends on a dynamic dimension: a custom Function or a Triton kernel takes numbers "
+            "that are known at capture, so leave that dimension static, or let it read the size from a tensor's shape"
+        )
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,7 @@ class FunctionCall:
     """
 
     def __init__(self, function: type[Function], arguments: Template) -> None:
+        refuse_sizes(function.__name__, arguments.leaves)
         self.function, self.arguments = function, arguments
         self.results: Template | None = None
         self.draws = False
@@ -144,14 +159,25 @@ class FunctionCall:
         pull = "backward" if function.vjp is Function.vjp else "vjp"
 
         def backward(ctx: Any, *gradients: Any) -> Any:
-            self.check_repeatable()
+            self.check_derivable()
             with _Stops(), self._noting_nested():
                 return getattr(function, pull)(ctx, *gradients)
 
         chosen = forward_alone if has_setup_context(function) else forward
         return type(function.__name__, (function,), {"forward": staticmethod(chosen), pull: staticmethod(backward)})
 
-    def check_repeatable(self) -> None:
+    infer = run
+
+    def connect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The same, connected to the Function's backward."""
+        return Template.of(apply_function(self.recorded, *self.arguments.fill(tensors)))[1]
+
+    @cached_property
+    def operator(self) -> FunctionOperator:
+        """The Function as its rule sees it."""
+        return FunctionOperator(self)
+
+    def check_derivable(self) -> None:
         """Refuse a Function whose forward, evaluated again for what backward uses, would give other values."""
         if self.draws:
             raise UnsupportedOpError(
@@ -209,12 +235,16 @@ def _value(inputs: list[Tensor], call: int) -> list[Tensor]:
     return CALLS[call].run(inputs)
 
 
+def _shape(inputs: list[Tensor], call: int) -> list[Tensor]:
+    return CALLS[call].infer(inputs)
+
+
 def _under_autograd(inputs: list[Tensor], call: int) -> list[Tensor]:
     record = CALLS[call]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
         with torch._C._AutoDispatchBelowAutograd():
-            return operator_of(record.function)(inputs, call)
-    return Template.of(apply_function(record.recorded, *record.arguments.fill(inputs)))[1]
+            return record.operator.overload(inputs, call)
+    return record.connect(inputs)
 
 
 class _Watch(TorchDispatchMode):
@@ -292,6 +322,11 @@ class FunctionOperator:
         same = template.has_leaves_of(self.record.arguments)
         return (self.record if same else FunctionCall(self.function, template)).results_of(tensors)
 
+    @property
+    def overload(self) -> OpOverload:
+        """What stands in a graph."""
+        return operator_of(self.function)
+
     def __str__(self) -> str:
         return self.function.__qualname__
 
@@ -326,7 +361,7 @@ def rule_of_operator(rule: Callable[..., Any]) -> Callable[..., Any]:
 
     def adapted(op: Any, components: Any, inputs: Sequence[Any], call: int) -> list[Any]:
         record = CALLS[call]
-        return _listed(record, rule(FunctionOperator(record), components, *record.arguments.fill(inputs)))
+        return _listed(record, rule(record.operator, components, *record.arguments.fill(inputs)))
 
     return adapted
 
@@ -336,7 +371,7 @@ def body_of_operator(body: Callable[..., Any]) -> Callable[..., Any]:
     return lambda inputs, call: _listed(CALLS[call], body(*CALLS[call].arguments.fill(inputs)))
 
 
-def _listed(record: FunctionCall, results: Any) -> list[Any]:
+def _listed(record: Any, results: Any) -> list[Any]:
     """What stands for each tensor among the Function's results."""
     template = record.results
     assert template is not None

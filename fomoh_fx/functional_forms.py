@@ -1,6 +1,7 @@
 """Operators of other libraries that change their arguments, as functional ones.
 
-``mylib::scale(Tensor(a!) x, float s) -> ()`` becomes ``mylib__scale(Tensor x, float s) -> Tensor``: what the operator returns, then the new value of each argument that it changes.
+``mylib::scale(Tensor(a!) x, float s) -> ()`` becomes ``mylib__scale(Tensor x, float s) -> Tensor``: what the operator
+returns, then the new value of each argument that it changes.
 """
 
 from __future__ import annotations
@@ -86,14 +87,17 @@ def _under_autograd(form: OpOverload, args: Sequence[Any], kwargs: dict[str, Any
     with torch._C._AutoDispatchBelowAutograd():
         results = form(*args, **kwargs)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return without_backward(results, tensors, str(CHANGING[form]))
+
+
+def without_backward(results: Any, tensors: Sequence[Tensor], name: str) -> Any:
+    """The results, connected to the tensors for autograd by a backward that refuses."""
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         return results
     leaves, spec = pytree.tree_flatten(results)
     linked = [leaf.is_floating_point() or leaf.is_complex() for leaf in leaves]
     values = [leaf for leaf, is_linked in zip(leaves, linked, strict=True) if is_linked]
-    found = iter(
-        apply_function(_WithoutBackward, str(CHANGING[form]), len(values), *values, *tensors) if values else ()
-    )
+    found = iter(apply_function(_WithoutBackward, name, len(values), *values, *tensors) if values else ())
     return pytree.tree_unflatten([next(found) if t else leaf for t, leaf in zip(linked, leaves, strict=True)], spec)
 
 
@@ -107,4 +111,4 @@ class _WithoutBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise UnsupportedOpError(f"the model differentiates {ctx.name} itself, which changes its arguments")
+        raise UnsupportedOpError(f"the model differentiates {ctx.name} itself, of which PyTorch knows no derivative")

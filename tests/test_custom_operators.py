@@ -595,3 +595,106 @@ def test_a_model_that_differentiates_an_operator_without_derivative() -> None:
 def test_an_operator_that_draws_is_drawn_once_where_it_is_inactive() -> None:
     out = fomoh_fx.transform(lambda x: noisy(x.detach())[1] * x, wrt="inputs")(X, tangents=[V])
     torch.testing.assert_close(out.tangent, out.primal / X * V)
+
+
+# --- Triton kernels
+
+
+def sine_kernel(x_ptr: Tensor, out_ptr: Tensor, n: int, BLOCK: int) -> None:
+    out_ptr.copy_(x_ptr.sin())
+
+
+class Kernel:
+    """What PyTorch asks of a kernel, made from a Python function: Triton itself is not needed."""
+
+    fn = staticmethod(sine_kernel)
+    arg_names = ("x_ptr", "out_ptr", "n", "BLOCK")
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return sine_kernel
+
+
+KERNEL = Kernel()
+
+
+@pytest.fixture
+def launched(monkeypatch: Any, unregistered: Any) -> Callable[[Tensor], Tensor]:
+    """A model's function that launches the kernel as ``torch.library.wrap_triton`` does."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
+
+    monkeypatch.setattr("fomoh_fx.triton_kernels.get_mutated_tensors", lambda **given: ["out_ptr"])
+
+    def function(x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        triton_kernel_wrapper_mutation(
+            kernel_idx=kernel_side_table.add_kernel(KERNEL),  # type: ignore[arg-type]
+            constant_args_idx=kernel_side_table.add_constant_args({}),
+            grid=[(1, 1, 1)],
+            tma_descriptor_metadata={},
+            kwargs={"x_ptr": x, "out_ptr": out, "n": x.numel(), "BLOCK": 16},
+        )
+        return out
+
+    return function
+
+
+def test_kernel_without_a_rule(launched: Any) -> None:
+    message = refusal(lambda x: launched(x * x).sum())
+    assert message.startswith("operator sine_kernel: no rule, ")
+    assert "fomoh_fx.register_rule(sine_kernel, rule)" in message
+
+
+def test_inactive_kernel_needs_no_rule(launched: Any) -> None:
+    agree(lambda x: (launched(x.detach()) * x).sum(1), lambda x: (x.detach().sin() * x).sum(1))
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "rule", [elementwise("sin(x)"), Composite(lambda x, out, n, block: x.sin())], ids=["elementwise", "composite"]
+)
+def test_kernel_with_a_rule(launched: Any, rule: Any, compiled: bool) -> None:
+    fomoh_fx.register_rule(KERNEL, rule)
+    assert "sine_kernel" in fomoh_fx.supported_ops()
+    agree(lambda x: launched(x * x).sum(1), lambda x: (x * x).sin().sum(1), compiled=compiled)
+
+
+def test_kernel_under_no_grad(launched: Any) -> None:
+    fomoh_fx.register_rule(KERNEL, elementwise("sin(x)"))
+
+    def model(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = launched(x)
+        return (y * x).sum(1)
+
+    agree(model, lambda x: (x.detach().sin() * x).sum(1))
+
+
+def test_a_model_that_differentiates_a_kernel_itself(launched: Any) -> None:
+    def model(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad((launched(x) + x * x).sum(), x, create_graph=True)[0]
+
+    assert "differentiates sine_kernel itself" in refusal(model)
+
+
+# --- what a call keeps
+
+
+def test_a_size_that_is_dynamic_is_no_argument_of_a_function() -> None:
+    """It would be kept as it was at capture."""
+    hd = fomoh_fx.transform(lambda x: SwishOfTheNewerStyle.apply(x, x.shape[0]).sum(), wrt="inputs")
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with pytest.raises(UnsupportedOpError, match="SwishOfTheNewerStyle depends on a dynamic dimension"):
+        hd.trace(X, tangents=[V], dynamic_shapes=({0: batch},))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["its rule", "its backward"])
+def test_compiled_function(kind: str) -> None:
+    function = Sine
+    if kind == "its rule":
+        function = opaque(lambda x: x * 2)
+        fomoh_fx.register_rule(function, linear())
+        agree(lambda x: function.apply(x * x).sum(1), lambda x: 2 * (x * x).sum(1), compiled=True)
+    else:
+        agree(lambda x: function.apply(x * x).sum(1), compiled=True)

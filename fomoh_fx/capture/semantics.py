@@ -24,6 +24,7 @@ from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.untraceable import traceable
 from fomoh_fx.custom_functions import FunctionCall, Template, apply_function, functions_called
 from fomoh_fx.functional_forms import apart, changed_arguments, changes_arguments, functional_form, named
+from fomoh_fx.triton_kernels import LAUNCH, launch
 
 ops = torch.ops.fomoh_fx
 
@@ -93,6 +94,10 @@ class ReverseModeSemantics(TorchFunctionMode):
                 return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(Tensor, self._own, (args, kwargs), is_leaf=_is_size)
         func = traceable(func, args)
+        if func is LAUNCH:
+            for target, value in launch(**kwargs):
+                self._assign(target, value)
+            return None
         if changes_arguments(called := _overload(func)):
             return self._change_arguments(called, args, kwargs)
         if _mutates(func) and args and isinstance(args[0], Tensor) and _is_real(args[0]):

@@ -338,7 +338,7 @@ _BY_BACKWARD = from_jvp(_push_function)
 def _function(op: Any, components: Components, inputs: Any, call: int) -> Any:
     """The rule of a custom autograd Function: its own backward is its derivative."""
     record = CALLS[call]
-    record.check_repeatable()
+    record.check_derivable()
     result = _BY_BACKWARD(op, components, inputs, call)
     if components.second_order is not None and record.nested:
         raise UnsupportedOpError(

@@ -17,6 +17,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from fomoh_fx.custom_functions import FUNCTIONS, body_of_operator, is_function, operator_of, rule_of_operator
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.functional_forms import CHANGING, changes_arguments, functional_form
+from fomoh_fx.triton_kernels import is_kernel, operator_of_kernel
 
 Operator = OpOverload | HigherOrderOperator
 Rule = Callable[..., Any]
@@ -49,6 +50,8 @@ def overloads(ops: Any) -> list[Operator]:
         return [ops]
     if is_function(ops):
         return [operator_of(ops)]
+    if is_kernel(ops):
+        return [operator_of_kernel(ops)]
     if isinstance(ops, Iterable) and not isinstance(ops, str):
         return [overload for op in ops for overload in overloads(op)]
     raise ArgumentError(f"op: expected an operator such as torch.ops.aten.tanh.default, got {ops!r}")

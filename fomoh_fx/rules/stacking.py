@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
-from fomoh_fx.custom_functions import Argument, FunctionOperator
+from fomoh_fx.custom_functions import Argument
 from fomoh_fx.hyperdual import HyperDual, primal_of
 
 
@@ -66,7 +67,7 @@ def bind(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]
 
 
 def arguments_of(op: Any) -> list[Argument]:
-    """The arguments of the operator's schema, or of a custom Function's forward."""
-    if isinstance(op, FunctionOperator):
+    """The arguments of the operator's schema, or of a custom Function or a Triton kernel."""
+    if not isinstance(op, OpOverload):
         return op.arguments
     return [Argument(a.name, a.default_value if a.has_default_value() else None) for a in op._schema.arguments]
