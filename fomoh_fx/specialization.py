@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class Specialization:
         seeds: what the tangents belong to.
         signature: of the call that was traced.
         dims: the dynamic dimensions of each argument, or None where everything is static.
-        traced_with: shape, dtype, device and layout of each argument and tangent.
+        traced_with: shape, dtype, device and layout of each argument and tangent, for every call that it served.
         others: the arguments that are not tensors.
         modes: the training flags and autocast.
         outside: the training flags of the modules that a function refers to without owning them.
@@ -44,7 +45,7 @@ class Specialization:
     seeds: Seeds
     signature: Signature
     dims: list[dict[int, Any]] | None
-    traced_with: list[tuple[Any, ...]]
+    traced_with: list[list[tuple[Any, ...]]]
     others: list[Any]
     modes: list[Any]
     outside: list[bool]
@@ -53,6 +54,14 @@ class Specialization:
     @property
     def stages(self) -> dict[str, fx.GraphModule]:
         return self.compiled.stages
+
+    def covers(self, dims: list[dict[int, Any]] | None) -> bool:
+        """Whether every dimension that a caller wants dynamic is dynamic here."""
+        if dims is None:
+            return True
+        return self.dims is not None and all(
+            wanted.keys() <= mine.keys() for wanted, mine in zip(dims, self.dims, strict=True)
+        )
 
     def serves(self, signature: Signature, tensors: Sequence[Tensor]) -> bool:
         """Whether a call that differs in dynamic dimensions is served: every guard on them holds."""
@@ -63,15 +72,20 @@ class Specialization:
                 a != b and d not in dims for d, (a, b) in enumerate(zip(shape, traced, strict=True))
             ):
                 return False
-        placeholders = self.program.placeholders
-        fakes = {
-            w.index: n.meta["val"]
-            for w, n in zip(self.program.inputs, placeholders, strict=True)
-            if w.kind == "argument"
-        }
-        values = [fakes[i] for i in range(len(tensors))]
+        shape_env, condition = self.guards
+        return not condition or bool(shape_env.evaluate_guards_expression(condition, tensors))
+
+    @cached_property
+    def guards(self) -> tuple[Any, str | None]:
+        """What the model and the rules assumed of the dynamic sizes, as PyTorch evaluates it for tensors."""
+        arguments = [
+            (what.index, node.meta["val"])
+            for what, node in zip(self.program.inputs, self.program.placeholders, strict=True)
+            if what.kind == "argument"
+        ]
+        values = [value for _, value in sorted(arguments, key=lambda pair: pair[0])]
         shape_env = values[0].fake_mode.shape_env
-        return bool(shape_env.evaluate_guards_for_args(values, tensors, ignore_static=False))
+        return shape_env, shape_env.produce_guards_expression(values, ignore_static=False)
 
     def stacks_of(self, tangents: Any) -> list[Tensor] | None:
         """The tangents in the graph's order, or None if they are not for the same seeds; Dynamo reads this."""
@@ -84,9 +98,9 @@ class Specialization:
         return [leaf for leaf in leaves if leaf is not None] if present == self.seeds.present else None
 
     def fits(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor], others: list[Any], modes: list[Any]) -> bool:
-        """Whether this was traced with these shapes, dtypes, devices, other arguments and modes; Dynamo reads this."""
+        """Whether this served these shapes, dtypes, devices, other arguments and modes before; Dynamo reads this."""
         shapes = [(t.shape, t.dtype, t.device, strides_of(t)) for t in (*tensors, *stacks)]
-        same = shapes == self.traced_with and others == self.others and modes == self.modes
+        same = shapes in self.traced_with and others == self.others and modes == self.modes
         return same and outside_modes(self.program) == self.outside
 
     def holds(self) -> bool:

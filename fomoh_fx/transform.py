@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from fomoh_fx import inspect as inspection
 from fomoh_fx import lower
 from fomoh_fx.capture import Call, Program, capture
-from fomoh_fx.dynamic_shapes import dynamic_dims
-from fomoh_fx.errors import ArgumentError, CaptureError, SpecialisationError
+from fomoh_fx.dynamic_shapes import dynamic_dims, must_vary
+from fomoh_fx.errors import ArgumentError, SpecialisationError
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.passes import pipeline
 from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, positional_names, selected_parameters
@@ -149,9 +149,17 @@ class HyperDualModule(nn.Module):
         Args:
             args, kwargs, tangents, targets: as in a call.
             dynamic_shapes: as in ``torch.export``: a mapping from argument names (``"targets"`` for the tuple of
-                targets) or a sequence, with ``{dimension: torch.export.Dim.AUTO}`` in place of a tensor. Calls that
-                differ only in these dimensions are served without tracing again, as are dimensions marked by
-                ``torch._dynamo.mark_dynamic``.
+                targets) or a sequence, with ``{dimension: Dim}``, a tuple with an entry for each dimension, or None
+                in place of each tensor. An entry is a ``torch.export.Dim`` (the same one for sizes that are equal,
+                with a range if need be), ``Dim.DYNAMIC``, or ``Dim.AUTO``, which may turn out fixed. Calls that differ
+                only in these dimensions are served without tracing again, as are dimensions marked by
+                ``torch._dynamo.mark_dynamic``; a size outside what the graph holds for (0 and 1 often are) is
+                traced on its own. Trace with sizes of at least 2.
+
+        Raises:
+            ArgumentError: ``dynamic_shapes`` does not fit the arguments.
+            CaptureError: ``torch.export`` fixes a dimension, or does not capture the model.
+            SpecialisationError: a rule fixes a dimension.
         """
         call, seeds = self._bind(args, kwargs, tangents, targets)
         return self._specialize(call, seeds, dynamic_shapes)
@@ -173,11 +181,14 @@ class HyperDualModule(nn.Module):
         signature = signature_of(self.module, self.loss, call, seeds)
         dims = dynamic_dims(call, positional_names(self.model, len(call.args)), dynamic_shapes)
         known = self._specializations.setdefault(signature, [])
-        found = next((s for s in known if s.holds()), None) if dims is None else None
+        found = next((s for s in known if s.covers(dims) and s.holds()), None)
         if found is None:
-            serving = (s for s in self._traced if s.dims is not None and s.serves(signature, call.tensors))
+            serving = (s for s in self._traced if s.covers(dims) and s.serves(signature, call.tensors))
             found = next((s for s in serving if s.holds()), None) or self._compile(call, seeds, signature, dims)
             known.insert(0, found)
+            found.traced_with.append(
+                [(t.shape, t.dtype, t.device, strides_of(t)) for t in (*call.tensors, *seeds.stacks)]
+            )
         self._latest = found
         return found
 
@@ -209,7 +220,7 @@ class HyperDualModule(nn.Module):
             replace(seeds, stacks=()),
             signature,
             dims,
-            traced_with=[(t.shape, t.dtype, t.device, strides_of(t)) for t in (*call.tensors, *seeds.stacks)],
+            traced_with=[],
             others=list(call.others),
             modes=modes_of(self.module, self.loss),
             outside=outside_modes(program),
@@ -303,11 +314,11 @@ def compile(hd: HyperDualModule, **options: Any) -> HyperDualModule:
 def _refuse_fixed(program: Program, dims: list[dict[int, Any]]) -> None:
     """A dimension that was marked dynamic must not have been fixed by the model or by a rule."""
     for node, what in zip(program.placeholders, program.inputs, strict=True):
-        for dim in dims[what.index] if what.kind == "argument" else ():
+        for dim, kind in dims[what.index].items() if what.kind == "argument" else ():
             size = node.meta["val"].shape[dim]
             fixed = size if isinstance(size, int) else size.node.maybe_as_int()
-            if fixed is not None:
-                raise CaptureError(
+            if fixed is not None and must_vary(kind):
+                raise SpecialisationError(
                     f"dynamic_shapes: dimension {dim} of {what.name} is fixed to {fixed} by the model or a rule"
                 )
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
+from torch.fx.experimental import _config as symbolic_config
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -25,6 +26,9 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+#: Batching rules ask for sizes by an operator; recorded, it would return a list, which is no value of a graph.
+_SIZES = {torch.ops.aten.size.default: lambda x: list(x.shape)}
 
 
 def is_composite_implicit(op: Any) -> bool:
@@ -69,12 +73,20 @@ def retrace(
 ) -> fx.GraphModule:
     """The graph of ``function(*inputs)`` on fake tensors, under no_grad; a caller's autocast changes nothing."""
     fake_mode = detect_fake_mode(inputs)
-    trace = make_fx(function, decompositions, tracing_mode="real", _allow_non_fake_inputs=True)
+    table = {**(decompositions or {}), **_SIZES}
+    trace = make_fx(function, table, tracing_mode="real", _allow_non_fake_inputs=True)
     symbolic = any(isinstance(n, torch.SymInt) for x in inputs if isinstance(x, Tensor) for n in x.shape)
-    # without Python's own kernels, PyTorch's fix a dynamic dimension to its example
-    dispatcher = enable_python_dispatcher() if symbolic else nullcontext()
-    with fake_mode or nullcontext(), torch.no_grad(), without_autocast(), dispatcher, _RecordWhole():
+    dynamic = _keeping_sizes() if symbolic else nullcontext()
+    with fake_mode or nullcontext(), torch.no_grad(), without_autocast(), dynamic, _RecordWhole():
         return trace(*inputs)
+
+
+@contextmanager
+def _keeping_sizes() -> Iterator[None]:
+    """Without Python's own kernels, PyTorch's fix a dynamic dimension to its example; questions about a memory layout
+    do not restrict it."""
+    with enable_python_dispatcher(), symbolic_config.patch(backed_size_oblivious=True):
+        yield
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fomoh_fx.capture.dimensions import marks_kept, refusals
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
 from fomoh_fx.passes.provenance import source_line
@@ -94,6 +95,9 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
             raise
         except Exception as error:
             refused.append(f"{name}: {_reason(error)}")
+            if dynamic_shapes is not None:  # only torch.export captures them
+                reasons = refusals(error, names) or [_reason(error)]
+                return CaptureError("\n  ".join(["dynamic_shapes: torch.export does not capture them:", *reasons]))
             decided_by_data |= isinstance(error, _DECIDED_BY_DATA)
             continue
         program.refused, program.outside = refused, tuple(root.outside)
@@ -203,7 +207,8 @@ def _reason(error: Exception) -> str:
 def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program:
     tensors = _distinct(root)
     shapes = None if dynamic_shapes is None else {"tensors": tuple(dynamic_shapes)}
-    exported = torch.export.export(root, tensors, strict=False, dynamic_shapes=shapes)
+    with marks_kept(tensors):
+        exported = torch.export.export(root, tensors, strict=False, dynamic_shapes=shapes)
     for node in exported.graph_module.graph.find_nodes(op="placeholder"):
         node.meta.pop("custom", None)  # where Dynamo captured a branch, it names itself, and then refuses another name
     table = torch.export.default_decompositions()
@@ -253,10 +258,6 @@ def _state(root: Root, target: str) -> Input:
 def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program:
     owned = {**dict(root.named_parameters()), **dict(root.named_buffers())}
     tensors = _distinct(root)
-    if dynamic_shapes is not None:
-        raise CaptureError(
-            "dynamic_shapes: torch.export could not capture the model, and only it captures dynamic shapes"
-        )
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [fake_mode.from_tensor(t, static_shapes=True) for t in (*owned.values(), *tensors)]
 

@@ -169,10 +169,52 @@ for ops, rule in {aten.mm.default: _mm, aten.bmm.default: _bmm, aten.linear.defa
 
 
 def _convolution(op: Any, components: Components, x: Any, w: Any, b: Any, *options: Any) -> HyperDual:
-    """Bilinear in input and weight; the bias [O] is added once for each of its components."""
+    """Bilinear in input and weight; the bias [O] is added once for each of its components.
+
+    Components of the input are more samples, components of the weight more output channels of each group, and pairs
+    of one direction more groups. By hand, because vmap's own rule fixes a dynamic batch.
+    """
     plain = primals((x, w, b, *options), {})[0]
+    stride, padding, dilation, transposed, output_padding, groups, *flags = plain[3:]
+    grouped = [groups] if groups > 1 else []  # an axis of one group would only be moved about
+
+    def convolve(x: Tensor, w: Tensor, groups: int) -> Tensor:
+        return op(x, w, None, stride, padding, dilation, transposed, output_padding, groups, *flags)
+
+    def channels(w: Tensor) -> Tensor:
+        """[K, O, I/G, ..] -> [G K O/G, I/G, ..]; transposed, [K, I, O/G, ..] -> [I, K O/G, ..]."""
+        if transposed:
+            return w.movedim(0, 1).reshape(w.shape[1], w.shape[0] * w.shape[2], *w.shape[3:])
+        return fold(w if groups == 1 else w.unflatten(1, (groups, -1)).movedim(1, 0).flatten(1, 2))
+
+    def left(x: Tensor, w: Tensor) -> Tensor:
+        y = convolve(fold(x), w, groups)
+        return y.reshape(*x.shape[:2], *y.shape[1:])
+
+    def table(x: Tensor, w: Tensor) -> Tensor:
+        """Each sample times each component of the weight: [N, ..], [K, ..] -> [N, G, K, O/G, ..] (no G of 1)."""
+        y = convolve(x, channels(w), groups)
+        each = y.shape[1] // w.shape[0] // groups
+        return y.reshape(y.shape[0], *grouped, w.shape[0], each, *y.shape[2:])
+
+    def joined(y: Tensor) -> Tensor:
+        return y if groups == 1 else y.flatten(2, 3)
+
+    def right(x: Tensor, w: Tensor) -> Tensor:
+        return joined(table(x, w).movedim(1 + len(grouped), 0))
+
+    def both(x: Tensor, w: Tensor) -> Tensor:
+        y = convolve(x.movedim(0, 1).flatten(1, 2), w.flatten(0, 1), groups * x.shape[0])
+        return y.unflatten(1, (x.shape[0], -1)).movedim(1, 0)
+
+    def pairs(components: Components, x: Tensor, w: Tensor) -> Tensor:
+        if not components.spans_pairs:
+            return components.product(both, x, w)
+        y = table(fold(x), w)
+        return joined(components.gather(y.reshape(*x.shape[:2], *y.shape[1:]), 0, 2 + len(grouped)))
+
     y = op(*plain)
-    result = expand(forms_of(op, (*plain[:2], None, *options), {}, 0, 1), components, y, x, w)
+    result = expand(Forms(left, right, pairs), components, y, x, w)
     if not isinstance(b, HyperDual):
         return result
     lift = [None if p is None else p.reshape(p.shape[0], 1, -1, *[1] * (y.ndim - 2)) for p in (b.tangent, b.cross)]

@@ -18,7 +18,7 @@ def align(stacked: Tensor, primal: Tensor, ndim: int) -> Tensor:
     missing = ndim - primal.ndim
     if missing == 0:
         return stacked
-    return stacked.reshape(stacked.shape[0], *[1] * missing, *primal.shape)
+    return stacked.view(stacked.shape[0], *[1] * missing, *primal.shape)  # reshape would guard on the layout
 
 
 def batched(

@@ -1,0 +1,194 @@
+"""Dynamic dimensions: how they are given, what a trace with them serves, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.nn import functional as F
+
+import fomoh_fx
+from fomoh_fx.errors import ArgumentError, CaptureError, SpecialisationError
+from tests.models.checking import Problem, check_call
+
+BATCH = Dim("batch", min=2, max=64)
+
+
+def r(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x * y.sin()).sum()
+
+
+def traced(function, *args, dynamic_shapes):
+    hd = fomoh_fx.transform(function, wrt="inputs")
+    hd.trace(*args, tangents=tuple(r(2, *x.shape) for x in args), dynamic_shapes=dynamic_shapes)
+    return hd
+
+
+def serves(hd, *args) -> bool:
+    """Whether a call with these arguments needs no other trace."""
+    before = hd.latest
+    hd(*args, tangents=tuple(r(2, *x.shape) for x in args))
+    return hd.latest is before
+
+
+@pytest.mark.parametrize(
+    "dynamic_shapes",
+    [
+        {"x": {0: BATCH}, "y": {0: BATCH}},
+        {"x": {0: Dim.DYNAMIC}, "y": [Dim.AUTO, None]},
+        ({0: Dim.AUTO}, (Dim.AUTO, Dim.STATIC)),
+        [{0: Dim.DYNAMIC, 1: 3}, {0: Dim.DYNAMIC}, ()],
+    ],
+    ids=["mapping", "hints", "sequence", "with targets"],
+)
+def test_given_as_to_export(dynamic_shapes):
+    hd = traced(product, r(4, 3), r(4, 3), dynamic_shapes=dynamic_shapes)
+    assert serves(hd, r(3, 3), r(3, 3)) and serves(hd, r(5, 3), r(5, 3))
+    assert not serves(hd, r(4, 2), r(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("dynamic_shapes", "message"),
+    [
+        ({"z": {0: BATCH}}, "no argument 'z'; there are x, y"),
+        ("batch", "expected a mapping"),
+        (({0: BATCH},), "1 entries for 2 positional arguments"),
+        ({"x": Dim.DYNAMIC}, "argument 'x': expected {dimension: Dim}"),
+        ({"x": (BATCH,)}, "argument 'x': 1 entries for a tensor of 2 dimensions"),
+        ({"x": {2: BATCH}}, "argument 'x': a tensor of 2 dimensions has no dimension 2"),
+        ({"x": {0: "batch"}}, "argument 'x': dimension 0 has size 4; expected a torch.export.Dim"),
+        ({"x": {0: 7}}, "argument 'x': dimension 0 has size 4"),
+        ({"x": [{0: BATCH}, None]}, "argument 'x': a tensor of 2 dimensions|argument 'x': dimension 0"),
+    ],
+)
+def test_an_entry_that_does_not_fit_names_its_argument(dynamic_shapes, message):
+    with pytest.raises(ArgumentError, match=f"^dynamic_shapes: .*{message}"):
+        traced(product, r(4, 3), r(4, 3), dynamic_shapes=dynamic_shapes)
+
+
+def test_a_dimension_that_the_model_fixes():
+    x, y = r(4, 3), r(4, 3)
+    with pytest.raises(CaptureError, match="(?s)^dynamic_shapes: .*dimension 0 of x .*constant"):
+        traced(product, x, y, dynamic_shapes={"x": {0: Dim.DYNAMIC}})
+    assert not vars(x)  # no mark of a dynamic dimension stays behind
+    hd = traced(product, x, y, dynamic_shapes={"x": {0: Dim.AUTO}})  # may turn out fixed
+    assert serves(hd, x, y) and not serves(hd, r(5, 3), r(5, 3))
+
+
+def test_a_dimension_that_a_rule_fixes(monkeypatch):
+    def fixes(op, components, x):
+        assert int(x.primal.shape[0])  # what no rule may do
+        return fomoh_fx.HyperDual(op(x.primal), 2 * x.primal * x.tangent, None)
+
+    monkeypatch.setitem(fomoh_fx.rules.registry.RULES, torch.ops.aten.square.default, fixes)
+    hd = fomoh_fx.transform(lambda x: x.square().sum(), wrt="inputs", second_order=None)
+    with pytest.raises(SpecialisationError, match="dimension 0 of x is fixed to 4"):
+        hd.trace(r(4), tangents=(r(2, 4),), dynamic_shapes={"x": {0: Dim.DYNAMIC}})
+
+
+def test_sizes_that_equality_and_range_exclude_are_traced_on_their_own():
+    hd = traced(product, r(4, 3), r(4, 3), dynamic_shapes=({0: BATCH}, {0: BATCH}))
+    assert not serves(hd, r(4, 3), r(1, 3))
+    hd = traced(product, r(4, 3), r(4, 3), dynamic_shapes=({0: BATCH}, {0: BATCH}))
+    assert not serves(hd, r(65, 3), r(65, 3))
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_batch_of_none_and_of_one(size):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    problem = Problem(model, (r(4, 3),), loss=lambda y: y.square().sum())
+    hd = fomoh_fx.transform(model, problem.loss)
+    hd.trace(r(4, 3), tangents=problem.directions(2), dynamic_shapes={"input": {0: Dim.DYNAMIC}}, targets=())
+    if size:
+        check_call(hd, Problem(model, (r(size, 3),), loss=problem.loss))
+    else:
+        out = hd(r(0, 3), tangents=problem.directions(2), targets=())
+        assert out.primal == 0 and not out.tangent.any() and not out.cross.any()
+
+
+class Classifier(nn.Module):
+    """Convolution, batch statistics, flattening and logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4), nn.Tanh(), nn.MaxPool2d(2))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x).flatten(1))
+
+
+@pytest.mark.parametrize("second_order", ["plane", "diagonal", "trace"])
+def test_inputs_and_targets_of_one_dynamic_batch(second_order):
+    """The tangents of the inputs have the dynamic batch too."""
+
+    def problem(n: int) -> Problem:
+        return Problem(model, (r(n, 2, 6, 6),), loss=F.cross_entropy, targets=(torch.arange(n) % 3,), wrt="inputs")
+
+    model = Classifier().double().train()
+    hd = fomoh_fx.transform(model, F.cross_entropy, wrt="inputs", second_order=second_order)
+    first = problem(4)
+    dims = {"x": {0: BATCH}, "targets": ({0: BATCH},)}
+    hd.trace(*first.args, targets=first.targets, tangents=first.directions(2), dynamic_shapes=dims)
+    before = hd.latest
+    for n in (3, 5):
+        check_call(hd, problem(n))
+        assert hd.latest is before
+
+
+def test_both_factors_of_a_convolution():
+    """vmap's own rule fixes the batch where both factors are batched."""
+    dims = ({0: Dim.DYNAMIC}, None)
+    hd = traced(lambda x, w: F.conv1d(x, w).sin().sum(), r(4, 2, 6), r(3, 2, 3), dynamic_shapes=dims)
+    assert serves(hd, r(5, 2, 6), r(3, 2, 3))
+
+
+def test_a_slice_that_is_the_whole():
+    """A memory layout that only some sizes have restricts nothing."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = nn.Parameter(torch.randn(5, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + self.positions[: x.shape[1]]).tanh()
+
+    model = Model().double()
+    problem = Problem(model, (r(2, 3, 4),))
+    hd = fomoh_fx.transform(model, problem.loss)
+    hd.trace(*problem.args, tangents=problem.directions(2), targets=(), dynamic_shapes=({1: Dim.DYNAMIC},))
+    before = hd.latest
+    for length in (4, 5):
+        check_call(hd, Problem(model, (r(2, length, 4),)))
+        assert hd.latest is before
+
+
+def test_more_dimensions_than_before_are_traced_anew():
+    hd = traced(product, r(4, 3), r(4, 3), dynamic_shapes=({0: BATCH}, {0: BATCH}))
+    before, both = hd.latest, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    hd.trace(r(4, 3), r(4, 3), tangents=(r(2, 4, 3), r(2, 4, 3)), dynamic_shapes=(both, both))
+    assert hd.latest is not before
+    assert serves(hd, r(6, 7), r(6, 7))
+
+
+def test_a_marked_dimension():
+    hd = fomoh_fx.transform(lambda x: x.sin().sum(), wrt="inputs")
+    x = r(4)
+    torch._dynamo.mark_dynamic(x, 0)
+    for _ in range(2):
+        hd(x, tangents=(r(2, 4),))
+    assert vars(x)["_dynamo_dynamic_indices"] == {0}
+    assert serves(hd, r(5))
+
+
+def test_torch_compile_at_a_size_that_was_served():
+    hd = traced(lambda x: x.sin().sum(), r(4), dynamic_shapes=({0: Dim.DYNAMIC},))
+    x, v = r(6), (r(2, 6),)
+    expected = hd(x, tangents=v)
+    torch.testing.assert_close(torch.compile(hd, backend="eager")(x, tangents=v).cross, expected.cross)
