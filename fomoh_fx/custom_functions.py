@@ -156,20 +156,14 @@ class FunctionCall:
             with torch._C.DisableTorchFunction():
                 return value(args)
 
-        pull = "backward" if function.vjp is Function.vjp else "vjp"
-
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            self.check_derivable()
-            with _Stops(), self._noting_nested():
-                return getattr(function, pull)(ctx, *gradients)
-
-        chosen = forward_alone if has_setup_context(function) else forward
-        return type(function.__name__, (function,), {"forward": staticmethod(chosen), pull: staticmethod(backward)})
+        chosen = staticmethod(forward_alone if has_setup_context(function) else forward)
+        return with_stops(type(function.__name__, (function,), {"forward": chosen}), self._nested_call)
 
     infer = run
 
     def connect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The same, connected to the Function's backward."""
+        self.check_derivable()
         return Template.of(apply_function(self.recorded, *self.arguments.fill(tensors)))[1]
 
     @cached_property
@@ -185,14 +179,37 @@ class FunctionCall:
                 "be evaluated apart from its forward; a Composite of torch functions as its rule keeps them together"
             )
 
-    @contextmanager
-    def _noting_nested(self) -> Any:
-        with functions_called(self._nested_call):
-            yield
-
     def _nested_call(self, function: type[Function], *args: Any) -> Any:
-        self.nested = function.__name__
+        if not of_library(function):
+            self.nested = function.__name__
         return apply_function(function, *args)
+
+
+def with_stops(function: type[Function], nested: Callable[..., Any]) -> type[Function]:
+    """The Function with what its backward stops recorded; ``nested(function, *args)`` serves Functions called there."""
+    pull = "backward" if function.vjp is Function.vjp else "vjp"
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        with _Stops(), functions_called(nested):
+            return getattr(function, pull)(ctx, *gradients)
+
+    return type(function.__name__, (function,), {pull: staticmethod(backward)})
+
+
+def of_library(function: type[Function]) -> bool:
+    """Whether PyTorch has made the Function for an operator of ``torch.library``."""
+    return function.__module__ == torch._library.autograd.__name__
+
+
+def apply_of_library(function: type[Function], *args: Any) -> Any:
+    """``function.apply`` for the Function of an operator, whose backward may call those of other operators only."""
+
+    def nested(inner: type[Function], *inner_args: Any) -> Any:
+        if of_library(inner):
+            return apply_of_library(inner, *inner_args)
+        raise UnsupportedOpError(f"its backward calls a custom autograd Function, {inner.__name__}")
+
+    return apply_function(with_stops(function, nested) if of_library(function) else function, *args)
 
 
 def _replace_saved(ctx: Any, by: dict[int, Tensor]) -> None:

@@ -597,6 +597,35 @@ def test_an_operator_that_draws_is_drawn_once_where_it_is_inactive() -> None:
     torch.testing.assert_close(out.tangent, out.primal / X * V)
 
 
+def _stopping(stop: Callable[[Tensor], Tensor], name: str) -> Any:
+    """An operator whose backward stops a derivative."""
+    op = torch.library.custom_op(
+        f"{LIBRARY}::{name}", lambda x: x.sin(), mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    op.register_fake(torch.empty_like)
+    op.register_autograd(
+        lambda ctx, g: g * stop(ctx.saved_tensors[0]),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    return op
+
+
+@torch.no_grad()
+def _slope(x: Tensor) -> Tensor:
+    return x.cos()
+
+
+@pytest.mark.parametrize("stop", [lambda x: x.detach().cos(), _slope], ids=["detach", "no_grad"])
+def test_stops_in_the_backward_of_an_operator(stop: Any, request: Any) -> None:
+    op = _stopping(stop, f"stops_{request.node.callspec.id}")
+    agree(lambda x: op(x * x).sum(1))
+
+
+def test_a_function_in_the_backward_of_an_operator_is_not_passed_over() -> None:
+    op = _stopping(lambda x: Sine.apply(x), "calls_a_function")
+    assert "its backward calls a custom autograd Function, Sine" in refusal(lambda x: op(x * x).sum(1))
+
+
 # --- Triton kernels
 
 

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.untraceable import traceable
-from fomoh_fx.custom_functions import FunctionCall, Template, apply_function, functions_called
+from fomoh_fx.custom_functions import FunctionCall, Template, apply_of_library, functions_called, of_library
 from fomoh_fx.functional_forms import apart, changed_arguments, changes_arguments, functional_form, named
 from fomoh_fx.triton_kernels import LAUNCH, launch
 
@@ -33,8 +33,8 @@ def _record_function(function: type[torch.autograd.Function], *args: Any, **kwar
     if function is torch.utils.checkpoint.CheckpointFunction:  # recomputation changes memory, not derivatives
         run, _preserve_random_state, *inputs = args
         return run(*inputs)
-    if function.__module__ == torch._library.autograd.__name__:  # the backward of an operator, which is recorded itself
-        return apply_function(function, *args)
+    if of_library(function):  # the operator itself is recorded
+        return apply_of_library(function, *args)
     template, tensors = Template.of(args)
     return FunctionCall(function, template).results_of(tensors)
 
@@ -54,7 +54,7 @@ def _is_size(x: Any) -> bool:
     return isinstance(x, torch.Size)
 
 
-def _mutates(func: Callable[..., Any]) -> bool:
+def mutates(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     return (
         name in ("__setitem__", "__set__")
@@ -100,7 +100,7 @@ class ReverseModeSemantics(TorchFunctionMode):
             return None
         if changes_arguments(called := _overload(func)):
             return self._change_arguments(called, args, kwargs)
-        if _mutates(func) and args and isinstance(args[0], Tensor) and _is_real(args[0]):
+        if mutates(func) and args and isinstance(args[0], Tensor) and _is_real(args[0]):
             self._remember(args[0])
         if func in _STOPS or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             stopped = ops.stop_gradient.default(args[0])
@@ -108,13 +108,13 @@ class ReverseModeSemantics(TorchFunctionMode):
             return stopped
         if func in _RENORMALISE and (bound := _bound(func, args, kwargs)).arguments["max_norm"] is not None:
             return self._renormalised(func, bound)
-        if _mutates(func) and args and id(args[0]) in self._stopped_views:
+        if mutates(func) and args and id(args[0]) in self._stopped_views:
             return self._mutate_source(func, args, kwargs)
         if func is torch.Tensor.detach_:
             return args[0].copy_(ops.stop_gradient.default(args[0]))
         if torch.is_grad_enabled() or not _computes(func):
             return func(*args, **kwargs)
-        if _mutates(func) and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        if mutates(func) and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             return self._mutate_value(func, args, kwargs)
         return pytree.tree_map_only(Tensor, _stopped, func(*args, **kwargs))
 

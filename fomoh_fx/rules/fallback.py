@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.custom_functions import CALLS, FUNCTIONS
+from fomoh_fx.custom_functions import CALLS, FUNCTIONS, apply_of_library, functions_called
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.functional_forms import CHANGING
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined, add
@@ -232,7 +232,7 @@ def transposed(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *args:
     An argument that gets no gradient contributes nothing, and an output that gives none is constant.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    with torch.enable_grad():
+    with torch.enable_grad(), functions_called(apply_of_library):
         xs = [leaves[i].detach().requires_grad_() for i in which]
         moved = dict(zip(which, xs, strict=True))
         args, kwargs = pytree.tree_unflatten([moved.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
