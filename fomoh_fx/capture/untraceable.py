@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fomoh_fx.capture.packed import of_packed
+
 
 def _covariance(
     input: Tensor, *, correction: int = 1, fweights: Tensor | None = None, aweights: Tensor | None = None
@@ -170,5 +172,6 @@ if hasattr(torch.nn.functional, "linear_cross_entropy"):  # since torch 2.13
 
 def traceable(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
     """The function, or its body for floating-point tensors where PyTorch's own cannot be traced."""
+    function = of_packed(function, args)
     floating = args and isinstance(args[0], Tensor) and (args[0].is_floating_point() or args[0].is_complex())
     return _BODIES.get(function, function) if floating else function

@@ -48,22 +48,28 @@ def _relu_step(gates: Tensor, state: State, weights: Sequence[Tensor | None]) ->
 
 
 def _one_direction(
-    step: Step, x: Tensor, state: State, weights: Sequence[Tensor | None], backwards: bool
+    step: Step, x: Tensor, state: State, weights: Sequence[Tensor | None], backwards: bool, kept: Tensor | None
 ) -> tuple[Tensor, State]:
     """The state h after every step [T, ..], and the last state."""
     gates = linear(x, weights[0], weights[2]).unbind(0)
     outputs = []
-    for gate in reversed(gates) if backwards else gates:
-        state = step(gate, state, weights)
+    for t in reversed(range(len(gates))) if backwards else range(len(gates)):
+        new = step(gates[t], state, weights)
+        if kept is not None:
+            new = tuple(torch.where(kept[t].unsqueeze(-1), a, b) for a, b in zip(new, state, strict=True))
+        state = new
         outputs.append(state[0])
     return torch.stack(outputs[::-1] if backwards else outputs), state
 
 
-def _layers(
+def layers(
     step: Step, x: Tensor, initial: Sequence[Tensor], params: Sequence[Tensor], has_biases: bool, num_layers: int,
-    dropout: float, train: bool, bidirectional: bool, batch_first: bool,
+    dropout: float, train: bool, bidirectional: bool, batch_first: bool = False, kept: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The output of the last layer, and the last states of all layers and directions."""
+    """The output of the last layer, and the last states of all layers and directions.
+
+    ``kept`` [T, B] says at which steps a sequence is inside its length; at the others its state stays as it is.
+    """
     if batch_first:
         x = x.transpose(0, 1)
     cells = (1 + bidirectional) * num_layers
@@ -77,7 +83,7 @@ def _layers(
             weights: list[Tensor | None] = list(params[at * per_cell : (at + 1) * per_cell])
             if not has_biases:
                 weights[2:2] = [None, None]
-            output, state = _one_direction(step, x, tuple(s[at] for s in initial), weights, backwards)
+            output, state = _one_direction(step, x, tuple(s[at] for s in initial), weights, backwards, kept)
             directions.append(output)
             last.append(state)
         x = torch.cat(directions, -1) if bidirectional else directions[0]
@@ -90,7 +96,7 @@ def _layers(
 
 def _layered(step: Step) -> Composite:
     def body(x: Tensor, state: Tensor | Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:
-        return _layers(step, x, [state] if isinstance(state, Tensor) else state, *options)
+        return layers(step, x, [state] if isinstance(state, Tensor) else state, *options)
 
     return Composite(body)
 
@@ -107,11 +113,9 @@ def _cell(step: Step) -> Composite:
     return Composite(body)
 
 
-for step, layer, cell in (
-    (_lstm_step, aten.lstm.input, aten.lstm_cell.default),
-    (_gru_step, aten.gru.input, aten.gru_cell.default),
-    (_tanh_step, aten.rnn_tanh.input, aten.rnn_tanh_cell.default),
-    (_relu_step, aten.rnn_relu.input, aten.rnn_relu_cell.default),
-):
-    register(layer, _layered(step))
-    register(cell, _cell(step))
+#: One step of each kind of layer.
+STEPS: dict[str, Step] = {"lstm": _lstm_step, "gru": _gru_step, "rnn_tanh": _tanh_step, "rnn_relu": _relu_step}
+
+for name, step in STEPS.items():
+    register(getattr(aten, name).input, _layered(step))
+    register(getattr(aten, f"{name}_cell").default, _cell(step))
