@@ -54,7 +54,10 @@ def overloads(ops: Any) -> list[Operator]:
         return [operator_of_kernel(ops)]
     if isinstance(ops, Iterable) and not isinstance(ops, str):
         return [overload for op in ops for overload in overloads(op)]
-    raise ArgumentError(f"op: expected an operator such as torch.ops.aten.tanh.default, got {ops!r}")
+    raise ArgumentError(
+        f"op: expected an operator such as torch.ops.aten.tanh.default, a subclass of torch.autograd.Function or a "
+        f"Triton kernel, got {ops!r}"
+    )
 
 
 def _functional(op: OpOverload) -> OpOverload:
@@ -85,10 +88,31 @@ def kind_of(op: Any) -> str:
 
 
 def register_rule(op: Any, rule: Rule | Composite) -> None:
-    """Teach fomoh_fx an operator, built in or from ``torch.library``.
+    """Teach fomoh_fx the derivatives of an operator, a custom autograd Function or a Triton kernel.
+
+    What was registered last serves, in place of a rule of fomoh_fx's own, of a synthesised one, and of a Function's
+    backward::
+
+        fomoh_fx.register_rule(torch.ops.mylib.swish.default, elementwise("x*sigmoid(x)"))
+        fomoh_fx.register_rule(MyFunction, bilinear(0, 1))
+
+        def rule(op, components, x, factor):  # of MyScale.apply(x, factor), where x is active
+            tangent, cross = (None if part is None else part * factor for part in (x.tangent, x.cross))
+            return HyperDual(op(x.primal, factor), tangent, cross)
+
+        fomoh_fx.register_rule(MyScale, rule)
+
+    A rule sees the arguments of the operator, of ``MyFunction.apply``, or of the kernel, with a
+    :class:`~fomoh_fx.HyperDual` wherever one has a derivative: the primal in the argument's shape, the tangent
+    ``[K, *shape]`` and the cross component ``[C, *shape]``, each None where it is zero. It returns what the operator
+    does, with a HyperDual for each tensor that has a derivative. Of an operator that changes arguments that is what
+    it returns and then the new value of each of these; of a kernel, of each tensor that it writes. ``op`` can be
+    called: in the graph that is one call of the operator (of a Function's forward, without its backward).
 
     Args:
-        op: an overload such as ``torch.ops.mylib.swish.default``, or a packet for all of its overloads.
+        op: an overload such as ``torch.ops.mylib.swish.default``, a packet for all of its overloads, what
+            ``torch.library.custom_op`` or ``triton_op`` returns, a subclass of ``torch.autograd.Function``, or a
+            Triton kernel.
         rule: made by a function of ``fomoh_fx.rules.kinds``,
 
             - ``elementwise("x*sigmoid(x)")``: one sympy expression, from which the derivatives are derived,
@@ -103,7 +127,8 @@ def register_rule(op: Any, rule: Rule | Composite) -> None:
             :mod:`fomoh_fx.rules.registry`.
 
     Raises:
-        ArgumentError: ``op`` is no operator or changes its arguments, or ``rule`` is neither callable nor a Composite.
+        ArgumentError: ``op`` is none of these, or an operator of PyTorch's own that changes its arguments, or
+            ``rule`` is neither callable nor a Composite.
     """
     if not callable(rule) and not isinstance(rule, Composite):
         raise ArgumentError(f"rule: expected a rule or a Composite, got {rule!r}")

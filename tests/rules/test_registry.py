@@ -37,7 +37,7 @@ TESTED_OTHERWISE = [*REFUSED, torch.ops.fomoh_fx.with_value.default]
 
 
 def test_every_operator_is_tested():
-    own = [op for op in (*RULES, *COMPOSITES) if op.namespace != MINE]
+    own = [op for op in (*RULES, *COMPOSITES) if not op.namespace.startswith("fomoh_fx_")]  # those are the tests' own
     missing = sorted(str(op) for op in set(own) - tested())
     assert not missing, f"no sample for {', '.join(missing)}"
 
