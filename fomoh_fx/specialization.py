@@ -107,6 +107,8 @@ class Specialization:
         """Whether what the signature cannot see is as it was: modules and tensors that a function or loss refers to."""
         if outside_modes(self.program) != self.outside:
             return False
+        if any(what.value(()).tolist() != value for what, value in self.program.constants):
+            return False
         for what, node in zip(self.program.inputs, self.program.placeholders, strict=True):
             traced = node.meta["val"]
             if what.kind != "argument":

@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fomoh_fx.capture.constants import whole_numbers
 from fomoh_fx.capture.dimensions import marks_kept, refusals
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
@@ -52,9 +53,8 @@ def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dy
     for _ in range(3):
         root = Root(model, loss, call, foreign, outside)
         outcome = _first_that_works(root, argument_names, dynamic_shapes)
-        with torch.no_grad():
-            for tensor, before in root.observed.before:
-                tensor.copy_(before)
+        if isinstance(outcome, _DecidedByData):
+            root, outcome = _with_constants(root, outcome, argument_names, dynamic_shapes)
         tensors, modules = _unknown(root)
         if not tensors and not modules:
             if isinstance(outcome, CaptureError):
@@ -63,6 +63,21 @@ def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dy
         foreign += tensors  # capture again with what a closure holds as inputs: its values may change
         outside += modules
     raise CaptureError("model: makes new tensors with data at every call that it then uses as constants")
+
+
+def _with_constants(
+    root: Root, refusal: CaptureError, names: Sequence[str], dynamic_shapes: Any
+) -> tuple[Root, Program | CaptureError]:
+    """Capture again with the model's whole numbers as constants, but for those that it changes."""
+    constants = whole_numbers(root.model) if isinstance(root.model, nn.Module) else {}
+    while constants:
+        again = Root(root.model, root.loss, root.call, root.foreign, root.outside, constants)
+        outcome = _first_that_works(again, names, dynamic_shapes)
+        changed = again.observed.constants.changed if again.observed.constants else set()
+        if not changed:
+            return (root, refusal) if isinstance(outcome, CaptureError) else (again, outcome)
+        constants = {name: value for name, value in constants.items() if name not in changed}
+    return root, refusal
 
 
 def _unknown(root: Root) -> tuple[list[Tensor], list[nn.Module]]:
@@ -86,7 +101,7 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
     decided_by_data = False
     for name, frontend in FRONTENDS.items():
         try:
-            with _tracing_state():
+            with _tracing_state(), _foreign_restored(root):
                 program = frontend(root, names, dynamic_shapes)
         except (UnsupportedOpError, CaptureError) as error:
             where = source_line("".join(traceback.format_tb(error.__traceback__)))
@@ -95,17 +110,34 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
             raise
         except Exception as error:
             refused.append(f"{name}: {_reason(error)}")
+            decided_by_data |= isinstance(error, _DECIDED_BY_DATA)
             if dynamic_shapes is not None:  # only torch.export captures them
                 reasons = refusals(error, names) or [_reason(error)]
-                return CaptureError("\n  ".join(["dynamic_shapes: torch.export does not capture them:", *reasons]))
-            decided_by_data |= isinstance(error, _DECIDED_BY_DATA)
+                kind = _DecidedByData if decided_by_data else CaptureError
+                return kind("\n  ".join(["dynamic_shapes: torch.export does not capture them:", *reasons]))
             continue
         program.refused, program.outside = refused, tuple(root.outside)
+        program.constants = [(_state(root, f"model.{name}"), value) for name, value in root.constants.items()]
         _share_tied(program)
         _name_inputs(program)
         return program
-    reasons = "\n  ".join([*refused, _ADVICE] if decided_by_data else refused)
-    return CaptureError(f"model: no frontend could capture it as one graph\n  {reasons}")
+    kind, lines = (_DecidedByData, [*refused, _ADVICE]) if decided_by_data else (CaptureError, refused)
+    return kind("\n  ".join(["model: no frontend could capture it as one graph", *lines]))
+
+
+class _DecidedByData(CaptureError):
+    """The values of tensors decide what the model does."""
+
+
+@contextmanager
+def _foreign_restored(root: Root) -> Iterator[None]:
+    """Capture changes no state: what the model changes in place without owning it is as before."""
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in root.observed.before:
+                tensor.copy_(before)
 
 
 _DECIDED_BY_DATA = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)

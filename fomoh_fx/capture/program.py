@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fomoh_fx.capture.constants import AsConstants
 from fomoh_fx.capture.conversions import conversions_checked
 from fomoh_fx.capture.finite import AssumeFinite
 from fomoh_fx.capture.semantics import ReverseModeSemantics
@@ -97,6 +98,7 @@ class Observed:
 
     structure: Structure | None = None
     semantics: ReverseModeSemantics | None = None
+    constants: AsConstants | None = None
     before: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what the run changes in place, and copies
     outside: list[weakref.ref[nn.Module]] = field(default_factory=list)  # modules called that are not the root's own
 
@@ -111,9 +113,11 @@ class Root(nn.Module):
         call: Call,
         foreign: Sequence[Tensor] = (),
         outside: Sequence[nn.Module] = (),
+        constants: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.loss = model, loss
+        self.constants = dict(constants or {})
         self.outside = nn.ModuleList(outside)
         self.call, self.observed = call, Observed()
         self.foreign = list(foreign)
@@ -124,10 +128,11 @@ class Root(nn.Module):
         args, kwargs, targets = self.call.rebuild(tensors)
         known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
         self.observed.semantics = ReverseModeSemantics(known, self.observed.before)
+        self.observed.constants = AsConstants(self.model, self.constants)
         with ExitStack() as stack:
             for context in (
-                self.observed.semantics, RecordSourceLines(), AssumeFinite(), self._observe_modules(),
-                conversions_checked(self),
+                self.observed.semantics, RecordSourceLines(), AssumeFinite(), self.observed.constants,
+                self._observe_modules(), conversions_checked(self),
             ):  # fmt: skip
                 stack.enter_context(context)
             output = self.model(*args, **kwargs)
@@ -191,6 +196,7 @@ class Program:
     structure: Structure
     frontend: str
     outside: Sequence[nn.Module] = ()
+    constants: Sequence[tuple[Input, Any]] = ()  # buffers, and the values that the graph is for
     refused: list[str] = field(default_factory=list)
 
     @property

@@ -89,3 +89,45 @@ def test_conversion_that_changes_nothing():
 def test_conversion_is_refused():
     with pytest.raises(CaptureError, match=r"(?s)Linear from torch.float32.*float64.*beforehand.*self.layer.to"):
         fomoh_fx.transform(Converted(torch.float64))(torch.rand(2, 3), tangents={"layer.bias": torch.ones(1, 1)})
+
+
+class Padded(nn.Module):
+    """A branch and a shape that integers in buffers decide; a step count that the model changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(2, 1, 3, dtype=torch.float64))
+        self.total = nn.Buffer(torch.tensor(2))
+        self.steps = nn.Buffer(torch.tensor(0))
+
+    def forward(self, x):
+        self.steps.add_(1)
+        left, right = self.total, self.total // 2
+        if x.shape[-1] > max(left, right):
+            x = torch.nn.functional.pad(x, (left, right))[..., : x.shape[-1] + right]
+        return torch.nn.functional.conv1d(x, self.weight).square().sum()
+
+
+def test_whole_numbers_of_the_model_are_constants():
+    """Where they decide something; another value is another specialisation."""
+    model, x = Padded(), torch.rand(1, 1, 4, dtype=torch.float64)
+    hd, direction = fomoh_fx.transform(model), torch.ones(1, 2, 1, 3, dtype=torch.float64)
+    for total, traced in ((2, 1), (2, 1), (3, 2), (9, 3)):
+        model.total.fill_(total)
+        out = hd(x, tangents={"weight": direction})
+        value = torch.func.functional_call(model, {"weight": model.weight.detach() + 1e-6}, x)
+        torch.testing.assert_close(out.tangent[0], (value - out.primal) / 1e-6, rtol=1e-4, atol=0)
+        assert len(hd._traced) == traced
+    assert model.steps == 8
+
+
+def test_whole_number_that_the_model_changes_is_no_constant():
+    class Counting(Padded):
+        def forward(self, x):
+            self.steps.add_(1)
+            return super().forward(x if self.steps > 3 else x * 2)
+
+    with pytest.raises(CaptureError, match=r"(?s)self.steps > 3.*torch.where"):
+        fomoh_fx.transform(Counting())(
+            torch.rand(1, 1, 4).double(), tangents={"weight": torch.ones(1, 2, 1, 3).double()}
+        )
