@@ -16,9 +16,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx, nn
 from torch._export.utils import _compiling_state_context
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.export import _trace
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -198,6 +200,7 @@ def _tracing_state() -> Iterator[None]:
         stack.enter_context(_quiet("torch._subclasses.fake_tensor"))
         stack.enter_context(_quiet("torch.fx.experimental.symbolic_shapes"))
         stack.enter_context(patch.object(_trace, "print", lambda *_, **__: None, create=True))  # a graph
+        stack.enter_context(_known_literals())
         stack.enter_context(_without_checks_of_values())
         yield
 
@@ -212,6 +215,18 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def _known_literals() -> Iterator[None]:
+    """Values computed from tensors that the model writes out (``torch.tensor([0, 2])``) may decide branches and shapes.
+
+    Fake tensors know such values until something else is written there. The tracer's own record is left out: it
+    misses what is written through a view.
+    """
+    known, recorded = (patch.object(m, "CONSTANT_NUMEL_LIMIT", n) for m, n in ((fake_tensor, 4096), (proxy_tensor, -1)))
+    with known, recorded:
+        yield
 
 
 @contextmanager
