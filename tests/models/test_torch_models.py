@@ -11,7 +11,8 @@ from tests.models.models import PROBLEMS
 COMPILED = [
     "mlp", "paper_cnn", "batch_norm_train", "unet", "dropout", "transformer_encoder_dropout",
     "transformer_encoder_eval", "transformer", "lstm", "gru", "tied_language_model", "graph_network",
-    "fourier_operator",
+    "fourier_operator", "gru_language_model", "experts_by_rows", "set_prediction", "variational_autoencoder",
+    "normalising_flow", "burgers_residual_by_autograd", "equilibrium_by_while_loop",
 ]  # fmt: skip
 
 
