@@ -2,13 +2,14 @@
 
 A graph's node of it is one call of the Function: its value is the Function's forward, and autograd connects it to the
 Function's backward. ``inputs`` are the tensors among the arguments; ``call`` numbers the rest of them.
+Launches of Triton kernels are recorded in the same way: :mod:`fomoh_fx.triton_kernels`.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,13 +38,8 @@ def is_function(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, Function) and value is not Function
 
 
-def operator_of(function: type[Function]) -> OpOverload:
-    """The operator that stands for calls of the Function."""
-    return define(function)
-
-
-def define(function: Any) -> OpOverload:
-    """The operator ``(inputs, call)`` of that name; it is made when it is first asked for."""
+def operator_of(function: Any) -> OpOverload:
+    """The operator that stands for calls of the Function, or of a kernel; it is made when it is first asked for."""
     if function not in _OPERATORS:
         name = re.sub(r"\W", "_", function.__name__, flags=re.ASCII)
         while hasattr(namespace, name):  # another class of that name, or a method of the namespace itself
@@ -231,7 +227,7 @@ def apply_function(function: type[Function], *args: Any) -> Any:
 
 
 @contextmanager
-def functions_called(call: Callable[..., Any]) -> Any:
+def functions_called(call: Callable[..., Any]) -> Iterator[None]:
     """Let ``call(function, *args)`` serve calls below ``Function.apply``, which users bind to names of their own."""
     single_level = torch.autograd.function._SingleLevelFunction
     before = single_level.__dict__.get("apply")

@@ -20,7 +20,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 )
 from torch._ops import OpOverload
 
-from fomoh_fx.custom_functions import CALLS, Argument, Template, define, refuse_sizes
+from fomoh_fx.custom_functions import CALLS, Argument, Template, operator_of, refuse_sizes
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.functional_forms import without_backward
 
@@ -41,7 +41,7 @@ def function_of(kernel: Any) -> Callable[..., Any]:
 
 def operator_of_kernel(kernel: Any) -> OpOverload:
     """The operator that stands for launches of the kernel."""
-    return define(function_of(kernel))
+    return operator_of(function_of(kernel))
 
 
 def launch(**given: Any) -> list[tuple[Tensor, Tensor]]:
@@ -61,7 +61,8 @@ class KernelCall:
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given = dict(given)
-        self.kernel = kernel_side_table.get_kernel(given["kernel_idx"])
+        kernel: Any = kernel_side_table.get_kernel(given["kernel_idx"])
+        self.kernel = kernel
         constants = kernel_side_table.get_constant_args(given["constant_args_idx"])
         named = {**constants, **given["kwargs"]}
         refuse_sizes(self.name, (named, given["grid"]))
