@@ -17,11 +17,17 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.passes.dataflow import escapes, is_view, root_of
+from fomoh_fx.passes.dataflow import escapes, graphs_in, is_view, root_of
 
 
 def merge_common_subexpressions(module: fx.GraphModule) -> fx.GraphModule:
     """Replace every repeated computation by its first occurrence."""
+    for part in graphs_in(module):
+        _merge(part)
+    return module
+
+
+def _merge(module: fx.GraphModule) -> None:
     seen: dict[Any, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op not in ("call_function", "get_attr") or _is_unrepeatable(node):
@@ -33,7 +39,6 @@ def merge_common_subexpressions(module: fx.GraphModule) -> fx.GraphModule:
         else:
             seen[key] = node
     module.recompile()
-    return module
 
 
 def _is_unrepeatable(node: fx.Node) -> bool:

@@ -1,8 +1,9 @@
-"""Dataflow: who uses what, and who shares memory with what. Reads the graph, changes nothing."""
+"""Dataflow: who uses what, who shares memory with what, and which graphs lie inside. Reads, changes nothing."""
 
 from __future__ import annotations
 
 import operator
+from operator import attrgetter
 
 import networkx
 import torch
@@ -16,6 +17,31 @@ def dependencies(graph: fx.Graph) -> networkx.DiGraph:
     flow.add_nodes_from(graph.nodes)
     flow.add_edges_from((producer, node) for node in graph.nodes for producer in node.all_input_nodes)
     return flow
+
+
+def graphs_in(module: fx.GraphModule) -> list[fx.GraphModule]:
+    """The graph, and those of the bodies of its higher-order operators, of the bodies inside them, and so on."""
+    return [part for part in module.modules() if isinstance(part, fx.GraphModule)]
+
+
+def bodies_of(node: fx.Node) -> list[fx.GraphModule]:
+    """The bodies that a higher-order operator takes, in order."""
+    module = node.graph.owning_module
+    taken = [attrgetter(str(n.target))(module) for n in node.all_input_nodes if n.op == "get_attr"]
+    return [body for body in taken if isinstance(body, fx.GraphModule)]
+
+
+def is_effect(node: fx.Node) -> bool:
+    """Whether the node is not there for its value: an input, the output, an operator that returns nothing (asserts)."""
+    if node.op == "call_function":
+        nothing = isinstance(node.target, OpOverload) and not node.target._schema.returns
+        return nothing or any(is_assertion(n) for body in bodies_of(node) for n in body.graph.nodes)
+    return node.op in ("placeholder", "output")
+
+
+def is_assertion(node: fx.Node) -> bool:
+    """Whether the node is a call that is not there for its value."""
+    return node.op == "call_function" and is_effect(node)
 
 
 def is_view(node: fx.Node) -> bool:

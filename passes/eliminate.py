@@ -1,32 +1,30 @@
 """Eliminate: drop every node whose value nobody uses.
 
 Contract: a functional graph in, the same graph without dead nodes out; inputs, outputs and assertions on data stay as
-they are. Random operators are dropped too: an unused draw changes no result.
+they are. Random operators are dropped too: an unused draw changes no result. Higher-order operators are pruned, the
+last first, for what one no longer takes an earlier one need not return.
 """
 
 from __future__ import annotations
 
 from torch import fx
-from torch._ops import OpOverload
+
+from fomoh_fx.passes.dataflow import bodies_of, is_effect
+from fomoh_fx.passes.prune import prune_operands, prune_outputs
 
 
 def eliminate(module: fx.GraphModule) -> fx.GraphModule:
     """Remove dead nodes and the attributes that only they used."""
     module.graph.eliminate_dead_code(is_impure_node=is_effect)
+    for node in reversed([n for n in module.graph.nodes if bodies_of(n)]):
+        prune_outputs(node)
+        for body in bodies_of(node):
+            eliminate(body)
+        prune_operands(node)
+        module.graph.eliminate_dead_code(is_impure_node=is_effect)
     used = {str(node.target).split(".")[0] for node in module.graph.find_nodes(op="get_attr")}
-    for name, child in list(module.named_children()):
-        if name not in used:
-            delattr(module, name)
-        elif isinstance(child, fx.GraphModule):  # the body of a higher-order operator
-            eliminate(child)
-    for name in [n for n, _ in module.named_buffers(recurse=False) if n not in used]:
+    attributes = [*module.named_children(), *module.named_buffers(recurse=False)]
+    for name in [name for name, _ in attributes if name not in used]:
         delattr(module, name)
     module.recompile()
     return module
-
-
-def is_effect(node: fx.Node) -> bool:
-    """Whether the node is not there for its value: an input, the output, an operator that returns nothing (asserts)."""
-    if node.op == "call_function":
-        return isinstance(node.target, OpOverload) and not node.target._schema.returns
-    return node.op in ("placeholder", "output")

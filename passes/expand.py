@@ -8,7 +8,7 @@ is copied as it is, so a structural zero is never computed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,10 +20,10 @@ from torch.utils import _pytree as pytree
 from fomoh_fx.errors import FomohError, UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined, primal_of
 from fomoh_fx.passes import provenance
-from fomoh_fx.passes.label import label, renamed
+from fomoh_fx.passes.label import label, label_rest, renamed
 from fomoh_fx.passes.normalize import explained, inputs_of, last_line
-from fomoh_fx.passes.retrace import last_node, retrace
-from fomoh_fx.rules.registry import Operator, rule_for
+from fomoh_fx.passes.retrace import in_body, last_node, retrace
+from fomoh_fx.rules.registry import RULES, Operator, rule_for
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ class Expander(fx.Interpreter):
             return target(*args, **kwargs)
         carried = pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, HyperDual))
         if n not in self.scope.active or not any(isinstance(x, (HyperDual, Undefined)) for x in carried):
-            return target(*primal_of(tuple(args)), **primal_of(dict(kwargs)))
+            bodies = self._copied if target in RULES else lambda body: body
+            args, kwargs = pytree.tree_map_only(fx.GraphModule, bodies, (primal_of(tuple(args)), primal_of(kwargs)))
+            return target(*args, **kwargs)
         if any(isinstance(x, Undefined) for x in pytree.tree_leaves((args, kwargs))):
             reason = "an argument is an output of another operator for which PyTorch defines no derivative"
             raise UnsupportedOpError(explained(n, reason))
@@ -93,6 +95,10 @@ class Expander(fx.Interpreter):
             raise type(error)(explained(n, str(error))) from error
         except Exception as error:
             raise UnsupportedOpError(explained(n, f"its rule failed with {last_line(error)}")) from error
+
+    def _copied(self, body: fx.GraphModule) -> Callable[..., Any]:
+        """A body without components, to be labelled when the operator runs it."""
+        return in_body(Expander(body, self.components, Scope(frozenset()), self.labelled).run)
 
 
 def _settled(x: Any, components: Components) -> Any:
@@ -153,9 +159,7 @@ def expand(
     for (name, component, n), node in zip(labels, inputs_of(expanded), strict=True):
         node.name = node.target = name
         node.meta[provenance.KEY] = provenance.Provenance(n.name, component)
-    for node in expanded.graph.nodes:
-        if provenance.KEY not in node.meta and node.op == "call_function":  # what prepares an output
-            node.meta[provenance.KEY] = provenance.of(node.all_input_nodes[0])
+    label_rest(expanded)
     return renamed(expanded), layout
 
 

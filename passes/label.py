@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -15,6 +16,7 @@ from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.hyperdual import HyperDual, Undefined
+from fomoh_fx.passes.dataflow import bodies_of
 from fomoh_fx.passes.provenance import COMPONENTS, KEY, Provenance, of
 from fomoh_fx.passes.retrace import node_of, recorded_nodes
 
@@ -50,6 +52,26 @@ def label(n: fx.Node, before: fx.Node | None, result: Any) -> None:
         record(node, n.name, "primal", _on_the_way(n, "primal", node))
 
 
+def label_inputs(nodes: Sequence[fx.Node], values: Sequence[Any]) -> None:
+    """Label the inputs of the body that is being traced: ``values`` stand for the placeholders of the original."""
+    for n, value in zip(nodes, values, strict=True):
+        for component in COMPONENTS:
+            node = node_of(_part(value, component))
+            if node is not None:
+                node.meta[KEY] = Provenance(n.name, component, of(n).source)
+                node.meta[_NAME] = n.name if component == "primal" else f"{n.name}_{component}"
+
+
+def label_rest(module: fx.GraphModule, source: str = "") -> None:
+    """What no rule has recorded (what prepares an output, a body that PyTorch copies) serves what its argument does."""
+    for node in module.graph.nodes:
+        if KEY not in node.meta and node.op in ("placeholder", "call_function"):
+            used = [n for n in node.all_input_nodes if KEY in n.meta]
+            node.meta[KEY] = of(used[0]) if used else Provenance(node.name, "primal", source)
+        for body in bodies_of(node):
+            label_rest(body, of(node).source)
+
+
 def _part(value: Any, component: str) -> Any:
     if isinstance(value, (HyperDual, Undefined)):
         return getattr(value, component, None)
@@ -70,10 +92,15 @@ def _on_the_way(n: fx.Node, component: str, node: fx.Node) -> str:
 
 
 def renamed(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph under the recorded names, some of which were taken while the trace was under way."""
+    """The same graph and bodies under the recorded names, some of which were taken while the trace was under way."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         node.name = node.meta.pop(_NAME, node.name)
+        node.target = node.name if node.op == "placeholder" else node.target
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    return _make_graph_module(module, graph)
+    result = _make_graph_module(module, graph)
+    for name, body in list(result.named_children()):
+        if isinstance(body, fx.GraphModule):
+            setattr(result, name, renamed(body))
+    return result

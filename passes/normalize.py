@@ -3,7 +3,8 @@
 Contract: a functional ATen graph in, a functional ATen graph out with the same inputs and outputs. Composites on an
 active path are replaced by their bodies, operators without a rule by PyTorch's own decompositions where those exist.
 Views become reshapes, for a body may return another memory layout than its operator. Identities (alias) and
-assertions on shapes and dtypes are dropped. Inactive operators stay whole: nobody differentiates them.
+assertions on shapes and dtypes are dropped. Inactive operators stay whole: nobody differentiates them. The body of
+an active higher-order operator is normalised as if all of its inputs were active.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import torch
 from torch import fx
 from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.utils import _pytree as pytree
 
 from fomoh_fx.errors import FomohError, UnsupportedOpError
 from fomoh_fx.passes import provenance
-from fomoh_fx.passes.retrace import is_composite_implicit, last_node, recorded_nodes, retrace
+from fomoh_fx.passes.activity import analyse, carries_derivative
+from fomoh_fx.passes.label import label_rest
+from fomoh_fx.passes.retrace import in_body, is_composite_implicit, last_node, recorded_nodes, retrace
 from fomoh_fx.rules.registry import COMPOSITES, RULES, spelled
 
 aten = torch.ops.aten
@@ -49,19 +53,22 @@ class _Normalizer(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self.extra_traceback = False
         self.active, self.table = active, table
+        self.current: fx.Node | None = None
 
     def run_node(self, n: fx.Node) -> Any:
-        before = last_node()
-        self.table.active = n in self.active and n.target not in RULES
+        before, self.current = last_node(), n
+        outside, self.table.active = self.table.active, n in self.active and n.target not in RULES
         try:
             result = super().run_node(n)
         except FomohError as error:
             raise type(error)(explained(n, str(error))) from error
         except Exception as error:
             raise UnsupportedOpError(explained(n, f"its body failed with {last_line(error)}")) from error
+        finally:
+            self.table.active = outside
         source = provenance.of(n).source
-        for node in recorded_nodes(before):
-            node.meta[provenance.KEY] = provenance.Provenance(node.name, "primal", source)
+        for node in recorded_nodes(before):  # what a body that is inlined has recorded says more
+            node.meta.setdefault(provenance.KEY, provenance.Provenance(node.name, "primal", source))
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -75,11 +82,21 @@ class _Normalizer(fx.Interpreter):
                 return target(*args)
         if target is aten._efficientzerotensor.default:  # forward mode inside a model; Inductor cannot read it
             return aten.zeros.default(*args, **kwargs)
+        if target in RULES or (self.table.active and target in self.table):
+            args = pytree.tree_map_only(fx.GraphModule, self._in_body, args)
         if self.table.active and target in self.table:
             return self.table[target](*args, **kwargs)
         if self.table.active and is_composite_implicit(target):
             return target.decompose(*args, **kwargs)
         return target(*args, **kwargs)
+
+    def _in_body(self, body: fx.GraphModule) -> Callable[..., Any]:
+        """A body of the current operator, to be normalised when the operator or its own body runs it."""
+        active: frozenset[fx.Node] = frozenset()
+        if self.current in self.active:
+            seeds = [n for n in inputs_of(body) if carries_derivative(n)]
+            active = analyse(body.graph, seeds, [r for r in results_of(body) if isinstance(r, fx.Node)]).active
+        return in_body(_Normalizer(body, active, self.table).run)
 
 
 def explained(node: fx.Node, reason: str) -> str:
@@ -104,6 +121,7 @@ def normalize(module: fx.GraphModule, active: frozenset[fx.Node]) -> fx.GraphMod
     for old, new in zip(inputs_of(module), inputs_of(normalized), strict=True):
         new.meta[provenance.KEY] = provenance.Provenance(old.name, "primal")
         new.name = new.target = old.name
+    label_rest(normalized)
     normalized.recompile()
     return normalized
 

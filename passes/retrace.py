@@ -8,7 +8,7 @@ rule sees the operator that it was written for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,12 @@ from torch.utils import _pytree as pytree
 
 #: Batching rules ask for sizes by an operator; recorded, it would return a list, which is no value of a graph.
 _SIZES = {torch.ops.aten.size.default: lambda x: list(x.shape)}
+
+#: What a higher-order operator's call has excluded when it traces a body.
+_AUTOGRAD = [
+    getattr(torch._C.DispatchKey, key)
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView")
+]
 
 
 def is_composite_implicit(op: Any) -> bool:
@@ -58,6 +64,22 @@ class _RecordWhole(TorchFunctionMode):
         proxy = tracer.create_proxy("call_function", func, proxy_args, proxy_kwargs, name=func._opname)
         track_tensor_tree(out, proxy, constant=None, tracer=tracer)
         return out
+
+
+def in_body(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as the body of a higher-order operator, recorded like the graph around it.
+
+    The operator's call puts modes aside, and autograd, without which a rule made from a backward would see zeros.
+    """
+
+    def body(*args: Any) -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(_RecordWhole())
+            for key in _AUTOGRAD:
+                stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+            return function(*args)
+
+    return body
 
 
 def _proxy(leaf: Any, tracer: Any) -> Any:
@@ -97,11 +119,13 @@ def without_autocast() -> Iterator[None]:
 
 
 def recorded_nodes(after: fx.Node | None = None) -> list[fx.Node]:
-    """The nodes of the trace under way that came after the given one (all of them for None), in order."""
+    """The nodes of the trace under way that came after the given one (all of them for None), in order.
+
+    In the body of a higher-order operator these are the body's; none where PyTorch only asks for a body's shapes.
+    """
     mode = get_proxy_mode()
-    assert mode is not None, "only inside retrace"
     found: list[fx.Node] = []
-    for node in reversed(mode.tracer.graph.nodes):
+    for node in reversed(mode.tracer.graph.nodes) if mode is not None else ():
         if node is after:
             break
         found.append(node)
@@ -111,8 +135,7 @@ def recorded_nodes(after: fx.Node | None = None) -> list[fx.Node]:
 def last_node() -> fx.Node | None:
     """The newest node of the trace under way."""
     mode = get_proxy_mode()
-    assert mode is not None, "only inside retrace"
-    return next(iter(reversed(mode.tracer.graph.nodes)), None)
+    return next(iter(reversed(mode.tracer.graph.nodes)), None) if mode is not None else None
 
 
 def node_of(value: Any) -> fx.Node | None:

@@ -3,7 +3,8 @@
 Contract: a functional graph in, an equivalent one with at most as many nodes out. Each rewrite is one function from a
 node to the node that can take its place, or None; it may also change the node itself. None of them decides anything
 about a symbolic size: what is not known to be equal is different. A value that the graph returns stays memory of its
-own where it was.
+own where it was. In the bodies of higher-order operators layouts stay as well: those of two branches, or of two
+iterations, must agree.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fomoh_fx.passes.dataflow import escapes, is_view, root_of
+from fomoh_fx.passes.dataflow import escapes, graphs_in, is_view, root_of
 
 aten = torch.ops.aten
 Rewrite = Callable[[fx.Node], fx.Node | None]
@@ -307,15 +308,22 @@ REWRITES: dict[Any, tuple[Rewrite, ...]] = {
 
 def simplify(module: fx.GraphModule) -> fx.GraphModule:
     """Apply the rewrites to every node, in order, once: a node's arguments are already in their final form."""
+    for part in graphs_in(module):
+        _simplify(part, keep_layouts=part is not module)
+    return module
+
+
+def _simplify(module: fx.GraphModule, keep_layouts: bool) -> None:
     for node in list(module.graph.nodes):
         for rewrite in REWRITES.get(node.target, ()) if node.op == "call_function" else ():
             replacement = rewrite(node)
-            if replacement is not None and not _would_share_memory(node, replacement):
+            if replacement is None or _would_share_memory(node, replacement):
+                continue
+            if not keep_layouts or _same_layout(node, replacement):
                 node.replace_all_uses_with(replacement)
                 module.graph.erase_node(node)
                 break
     module.recompile()
-    return module
 
 
 def _would_share_memory(node: fx.Node, replacement: fx.Node) -> bool:

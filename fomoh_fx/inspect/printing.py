@@ -149,8 +149,7 @@ def _literal(value: Tensor) -> str | None:
 
 def _comment(node: fx.Node) -> str:
     origin = provenance.of(node)
-    known = provenance.KEY in node.meta or origin.source  # not what the body of a branch or loop was traced from
-    parts = [str(origin) if known else "", described(node.meta.get("val")), origin.source]
+    parts = [str(origin), described(node.meta.get("val")), origin.source]
     return "  # " + " | ".join(part for part in parts if part)
 
 

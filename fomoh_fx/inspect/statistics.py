@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.hyperdual import SecondOrder
 from fomoh_fx.passes import provenance
-from fomoh_fx.passes.dataflow import root_of
+from fomoh_fx.passes.dataflow import bodies_of, graphs_in, root_of
 from fomoh_fx.rules.registry import Operator, kind_of, spelled
 from fomoh_fx.specialization import Specialization
 
@@ -35,7 +35,8 @@ class Report:
         frontend: what captured the model.
         refused: what the frontends tried before it said.
         directions, second_order, crosses: K, the kind of second order, C.
-        nodes: for each stage the number of nodes of each component (inputs, constants and the output not counted).
+        nodes: for each stage the number of nodes of each component (inputs, constants and the output not counted). What
+            is in the body of a branch or loop counts once, here and below, however often it runs.
         inactive: primal operations that no asked-for derivative passes through, so that they have no component.
         zero_crosses: operations with a tangent whose cross component is structurally zero.
         simplified, merged, dead: nodes that the passes of these names removed.
@@ -106,13 +107,11 @@ def _size(count: int | None) -> str:
 def report(specialization: Specialization) -> Report:
     """The figures of one specialisation."""
     stages, components = specialization.stages, specialization.components
-    counts = {name: _count_components(stage.graph) for name, stage in stages.items()}
+    counts = {name: _count_components(stage) for name, stage in stages.items()}
     totals = {name: count.total() for name, count in counts.items()}
-    by_name = _components_by_name(stages["expand"].graph)
-    operations = [n for n in stages["normalize"].graph.nodes if isinstance(n.target, Operator)]
-    found = {n: set().union(*(by_name.get(name, ()) for name in _names(n))) for n in operations}
-    active = [n for n in operations if len(found[n]) > 1]
-    final = stages[list(stages)[-1]].graph
+    found = _components(stages["normalize"], stages["expand"])
+    active = [n for n, parts in found.items() if len(parts) > 1]
+    final = stages[list(stages)[-1]]
     return Report(
         frontend=specialization.program.frontend,
         refused=tuple(specialization.program.refused),
@@ -120,21 +119,34 @@ def report(specialization: Specialization) -> Report:
         second_order=components.second_order,
         crosses=components.count,
         nodes=counts,
-        inactive=len(operations) - len(active),
+        inactive=len(found) - len(active),
         zero_crosses=sum("cross" not in found[n] for n in active) if components.second_order else 0,
         simplified=totals["expand"] - totals["simplify"],
         merged=totals["simplify"] - totals["cse"],
         dead=totals["cse"] - totals["eliminate"],
         served=_served(active),
         products=_count_components(final, PRODUCTS),
-        input_bytes=_total(_bytes(n) for n in final.find_nodes(op="placeholder")),
-        peak_bytes=peak_bytes(final),
+        input_bytes=_total(_bytes(n) for n in final.graph.find_nodes(op="placeholder")),
+        peak_bytes=peak_bytes(final.graph),
     )
 
 
-def _count_components(graph: fx.Graph, only: Collection[Operator] | None = None) -> Counter[str]:
-    calls = [n for n in graph.nodes if n.op == "call_function"]
+def _count_components(module: fx.GraphModule, only: Collection[Operator] | None = None) -> Counter[str]:
+    calls = [n for part in graphs_in(module) for n in part.graph.nodes if n.op == "call_function"]
     return Counter(provenance.of(n).component for n in calls if only is None or n.target in only)
+
+
+def _components(module: fx.GraphModule, expanded: fx.GraphModule) -> dict[fx.Node, set[str]]:
+    """The components that every operation of the normalised graph and its bodies has in the expanded one."""
+    by_name = _components_by_name(expanded.graph)
+    found: dict[fx.Node, set[str]] = {}
+    for node in [n for n in module.graph.nodes if isinstance(n.target, Operator)]:
+        found[node] = set().union(*(by_name.get(name, ()) for name in _names(node)))
+        same = (n for n in expanded.graph.nodes if provenance.of(n).primal == node.name and n.target is node.target)
+        bodies = bodies_of(node)
+        for body, hyperdual in zip(bodies, bodies_of(next(same, node)) if bodies else (), strict=True):
+            found |= _components(body, hyperdual)
+    return found
 
 
 def _components_by_name(graph: fx.Graph) -> dict[str, set[str]]:
@@ -170,7 +182,8 @@ def _total(sizes: object) -> int | None:
 def peak_bytes(graph: fx.Graph) -> int | None:
     """The most memory that intermediate values take at once, in the graph's order; views take none of their own.
 
-    A value is released after its last use, or the last use of a view of it; inputs and constants are not counted.
+    A value is released after its last use, or the last use of a view of it; inputs and constants are not counted. A
+    branch or loop takes its results and what one run of its bodies takes at most.
     """
     last_use: dict[fx.Node, int] = {}
     for time, node in enumerate(graph.nodes):
@@ -181,10 +194,11 @@ def peak_bytes(graph: fx.Graph) -> int | None:
     for time, node in enumerate(graph.nodes):
         if node.op == "call_function" and root_of(node) is node:
             size = _bytes(node)
-            if size is None:
+            inside = [peak_bytes(body.graph) for body in bodies_of(node)]
+            if size is None or None in inside:
                 return None
             live += size
-            peak = max(peak, live)
+            peak = max(peak, live + max(filter(None, inside), default=0))
             end = last_use.get(node, time)
             released[end] = released.get(end, 0) + size
         live -= released.pop(time, 0)

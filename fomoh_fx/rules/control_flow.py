@@ -21,7 +21,9 @@ from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined, primal_of
 from fomoh_fx.passes.activity import analyse
 from fomoh_fx.passes.expand import Expander, Scope
-from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
+from fomoh_fx.passes.label import label, label_inputs
+from fomoh_fx.passes.normalize import inputs_of, results_of
+from fomoh_fx.passes.retrace import in_body, last_node
 from fomoh_fx.rules.flex_attention import dense_attention
 from fomoh_fx.rules.registry import Composite, register
 
@@ -56,22 +58,23 @@ class Pattern:
     def __len__(self) -> int:
         return len(self.tangents)
 
-    def pack(self, values: Sequence[Any], components: Components) -> list[Any]:
-        """The primals, then the tangents, then the crosses, zeros for those that a value lacks.
+    def completed(self, i: int, value: Any, components: Components) -> HyperDual:
+        """The value number i with zeros for the components that it lacks.
 
         All contiguous: the layout may not differ between branches or iterations.
         """
-        duals = [v if isinstance(v, HyperDual) else HyperDual(v) for v in values]
+        value = value if isinstance(value, HyperDual) else HyperDual(value)
 
-        def filled(part: Tensor | None, primal: Tensor, count: int) -> Tensor:
-            return primal.new_zeros((count, *primal.shape)) if part is None else part
+        def part(x: Tensor | None, count: int) -> Tensor:
+            return (value.primal.new_zeros((count, *value.primal.shape)) if x is None else x).contiguous()
 
-        tangents = [
-            filled(d.tangent, d.primal, components.directions) for d, t in zip(duals, self.tangents, strict=True) if t
-        ]
-        crosses = [filled(d.cross, d.primal, components.count) for d, c in zip(duals, self.crosses, strict=True) if c]
-        packed = [*(d.primal for d in duals), *tangents, *crosses]
-        return [x.contiguous() if isinstance(x, Tensor) else x for x in packed]
+        primal = value.primal.contiguous() if isinstance(value.primal, Tensor) else value.primal
+        tangent = part(value.tangent, components.directions) if self.tangents[i] else None
+        return HyperDual(primal, tangent, part(value.cross, components.count) if self.crosses[i] else None)
+
+    def pack(self, values: Sequence[Any], components: Components) -> list[Any]:
+        """The primals, then the tangents, then the crosses, completed."""
+        return _flat([self.completed(i, value, components) for i, value in enumerate(values)])
 
     def unpack(self, flat: Sequence[Any]) -> list[Any]:
         """The values again; a plain one where there is no component."""
@@ -87,22 +90,23 @@ class Pattern:
         return len(self) + sum(self.tangents) + sum(self.crosses)
 
 
+def _flat(duals: Sequence[HyperDual]) -> list[Any]:
+    parts = [*(d.tangent for d in duals), *(d.cross for d in duals)]
+    return [*(d.primal for d in duals), *(x for x in parts if x is not None)]
+
+
 class HyperDualBody:
-    """The body of a higher-order operator on hyper-dual values, for inputs of one pattern."""
+    """The normalised body of a higher-order operator on hyper-dual values, for inputs of one pattern."""
 
     def __init__(self, body: fx.GraphModule, components: Components, given: Pattern) -> None:
-        self.components, self.given = components, given
-        with disable_proxy_modes_tracing():
-            module = normalize(body, self._active(body))
-        self.module, self.scope = module, Scope(self._active(module))
-
-    def _active(self, module: fx.GraphModule) -> frozenset[fx.Node]:
-        varied = Pattern(self.given.tangents, self.given.tangents) | Pattern(self.given.crosses, self.given.crosses)
-        seeds = [n for n, is_varied in zip(inputs_of(module), varied.tangents, strict=True) if is_varied]
-        return analyse(module.graph, seeds, [r for r in results_of(module) if isinstance(r, fx.Node)]).active
+        self.module, self.components, self.given = body, components, given
+        varied = [t or c for t, c in zip(given.tangents, given.crosses, strict=True)]
+        seeds = [n for n, is_varied in zip(inputs_of(body), varied, strict=True) if is_varied]
+        asked = [r for r in results_of(body) if isinstance(r, fx.Node)]
+        self.scope = Scope(analyse(body.graph, seeds, asked).active)
 
     def __call__(self, values: Sequence[Any]) -> list[Any]:
-        out = Expander(self.module, self.components, self.scope, label=False).run(*values)
+        out = Expander(self.module, self.components, self.scope).run(*values)
         found = list(out) if isinstance(out, (list, tuple)) else [out]
         if any(isinstance(v, Undefined) for v in found):
             raise UnsupportedOpError("its body returns a value for which PyTorch defines no derivative")
@@ -119,26 +123,38 @@ class HyperDualBody:
         """The body as a function of plain values: each group of inputs packed by itself, and each one of outputs."""
 
         def function(*flat: Any) -> tuple[Any, ...]:
-            values = self(unpacked(flat, given))
+            inputs = unpacked(flat, given)
+            label_inputs(inputs_of(self.module), inputs)
+            results = iter(zip(results_of(self.module), self(inputs), strict=True))
+            seen = {_memory(x) for x in flat if isinstance(x, Tensor)}
             outputs: list[Any] = []
             for pattern in wanted:
-                outputs += pattern.pack(values[: len(pattern)], self.components)
-                values = values[len(pattern) :]
-            return tuple(_owned(outputs, flat))
+                duals = []
+                for i in range(len(pattern)):
+                    (n, value), before = next(results), last_node()
+                    duals.append(_owned(pattern.completed(i, value, self.components), seen))
+                    if isinstance(n, fx.Node):
+                        label(n, before, duals[-1])
+                outputs += _flat(duals)
+            return tuple(outputs)
 
-        return function
+        return in_body(function)
 
 
-def _owned(outputs: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-    """The outputs, copied where they share memory with an input or with one another, which the operators forbid."""
-    seen = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor)}
-    found = []
-    for x in outputs:
+def _owned(value: HyperDual, seen: set[int]) -> HyperDual:
+    """The value, copied where it shares memory with an input or another output, which the operators forbid."""
+
+    def owned(x: Any) -> Any:
         if isinstance(x, Tensor):
-            x = x.clone() if x.untyped_storage()._cdata in seen else x
-            seen.add(x.untyped_storage()._cdata)
-        found.append(x)
-    return found
+            x = x.clone() if _memory(x) in seen else x
+            seen.add(_memory(x))
+        return x
+
+    return HyperDual(owned(value.primal), owned(value.tangent), owned(value.cross))
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 def unpacked(flat: Sequence[Any], patterns: Sequence[Pattern]) -> list[Any]:
@@ -174,17 +190,15 @@ def _carried(
 
 
 def _while_loop(
-    op: Any, components: Components, cond: Body, body: fx.GraphModule, carried: Any, additional: Any
+    op: Any, components: Components, cond: fx.GraphModule, body: fx.GraphModule, carried: Any, additional: Any
 ) -> Any:
     """The loop also carries components; its condition sees primals only."""
     rest = Pattern.of(additional)
     dual, state = _carried(body, components, Pattern.of(carried), rest)
-
-    def goes_on(*flat: Any) -> Any:
-        return cond(*primal_of(unpacked(flat, [state, rest])))
-
+    condition = HyperDualBody(cond, components, state + rest).traced([state, rest], [Pattern((False,), (False,))])
     packed = (tuple(p.pack(v, components)) for p, v in ((state, carried), (rest, additional)))
-    return tuple(state.unpack(op(goes_on, dual.traced([state, rest], [state]), *packed)))
+    step = dual.traced([state, rest], [state])
+    return tuple(state.unpack(op(lambda *flat: condition(*flat)[0], step, *packed)))
 
 
 def _scan(op: Any, components: Components, combine: fx.GraphModule, init: Any, xs: Any, additional: Any = ()) -> Any:

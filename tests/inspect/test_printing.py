@@ -13,6 +13,7 @@ import fomoh_fx
 from fomoh_fx.inspect import code, constants, print_readable
 from fomoh_fx.inspect.printing import LITERAL, described
 from tests.passes.waste import MODELS
+from tests.rules.test_control_flow import CASES, r
 
 
 def executed(module):
@@ -169,3 +170,28 @@ def test_print_readable(capsys):
     assert "sin_tangent" in file.getvalue()
     with pytest.raises(fomoh_fx.ArgumentError, match="stage: expected one of capture, normalize"):
         hd.print_readable("cseee")
+
+
+@pytest.mark.parametrize("stage", ["capture", "normalize", "expand", "simplify", "cse", "eliminate"])
+@pytest.mark.parametrize("name", ["cond", "while_loop", "scan", "cond in scan", "map"])
+def test_bodies_of_control_flow_run(name, stage):
+    inputs = r(5, 3), r(3, 3)
+    tangents = r(2, 5, 3), r(2, 3, 3)
+    hd = fomoh_fx.transform(CASES[name][0], wrt="inputs")
+    hd.trace(*inputs, tangents=tangents)
+    module = hd.stages[stage]
+    given = [*inputs, *tangents] if stage not in ("capture", "normalize") else [*inputs]
+    missing = len(module.graph.find_nodes(op="placeholder")) - len(given)
+    given = [torch.tensor(0)] * missing + given  # a loop's counter is a constant, lifted to an input
+    with torch.no_grad():
+        for printed, value in zip(executed(module)(*given), module(*given), strict=True):
+            torch.testing.assert_close(printed, value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["cond", "while_loop", "scan", "cond in scan", "map"])
+def test_every_statement_of_a_body_says_where_it_comes_from(name):
+    hd = fomoh_fx.transform(CASES[name][0], wrt="inputs")
+    hd.trace(r(5, 3), r(3, 3), tangents=(r(2, 5, 3), r(2, 3, 3)))
+    statements = [line for line in hd.code.splitlines() if line.startswith("        ") and " = " in line.split("#")[0]]
+    pattern = r"  # (primal|(tangent|cross) of \w+) \| .+ \| test_control_flow\.py:\d+, .+$"
+    assert statements and all(re.search(pattern, statement) for statement in statements)

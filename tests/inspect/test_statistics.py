@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops.while_loop import while_loop
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fomoh_fx
@@ -71,3 +72,27 @@ def test_peak_memory():
 
 def test_symbolic_sizes_have_no_peak():
     assert peak_bytes(make_fx(lambda x: (x.sin(),), tracing_mode="symbolic")(torch.randn(3)).graph) is None
+
+
+def test_bodies_count_once():
+    def function(x, w):
+        def body(i, c):
+            return i + 1, torch.tanh(c @ w)
+
+        return while_loop(lambda i, c: i < 50, body, (torch.tensor(0), x))[1].floor()
+
+    hd = fomoh_fx.transform(function, wrt="inputs")
+    hd.trace(torch.randn(5, 3), torch.randn(3, 3), tangents=(torch.randn(2, 5, 3), torch.randn(2, 3, 3)))
+    assert hd.report().nodes["normalize"] == {"primal": 4 + 1 + 3}  # with lt; while_loop, getitem, floor
+
+    def smooth(x, w):
+        return torch.cond(x.sum() > 0, lambda x: torch.tanh(x @ w) * x.detach(), lambda x: x.cos() @ w, (x,))
+
+    hd = fomoh_fx.transform(smooth, wrt="inputs")
+    hd.trace(torch.randn(3, 3), torch.randn(3, 3), tangents=(torch.randn(2, 3, 3), torch.randn(2, 3, 3)))
+    report = hd.report()
+    assert report.served["aten.mm.default"] == ("bilinear", 2)
+    assert report.served["cond"] == ("control flow", 1)
+    assert report.inactive == 3  # the condition's sum and comparison, and detach
+    assert report.products["primal"] == 2 and report.products["cross"] > 0
+    assert report.peak_bytes > 0
