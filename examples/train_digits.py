@@ -5,12 +5,12 @@ python examples/train_digits.py --data DIR    MNIST's four IDX files, gzipped or
 """
 
 import argparse
-import gzip
 import time
 from pathlib import Path
 
 import matplotlib
 import torch
+from data import digits, mnist
 from torch import nn
 from tqdm import tqdm
 
@@ -21,31 +21,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 HIDDEN, BATCH = 32, 2048
-
-
-def digits():
-    """1,797 images of 8 x 8 pixels, a fifth of them for the test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    images, labels = torch.tensor(data.images).float() / 16, torch.tensor(data.target)
-    train, test = train_test_split(torch.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    return images[train], labels[train], images[test], labels[test]
-
-
-def mnist(folder):
-    """60,000 and 10,000 images of 28 x 28 pixels."""
-    parts = {}
-    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        path = next((p for end in ("ubyte", "ubyte.gz") if (p := Path(folder, f"{name}-{end}")).exists()), None)
-        if path is None:
-            raise SystemExit(f"--data: there is no {name}-ubyte(.gz) in {folder}")
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(data[3])]
-        parts[name] = torch.frombuffer(bytearray(data[4 + 4 * data[3] :]), dtype=torch.uint8).reshape(shape)
-    images, labels, test_images, test_labels = parts.values()
-    return images.float() / 255, labels.long(), test_images.float() / 255, test_labels.long()
 
 
 def show(hd, images, labels, directions):

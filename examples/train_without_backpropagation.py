@@ -7,10 +7,10 @@ import argparse
 import time
 
 import torch
+from data import mnist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from train_digits import mnist
 
 import fomoh_fx
 from fomoh_fx.optim import FoMoHKD
