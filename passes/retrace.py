@@ -107,7 +107,7 @@ def retrace(
 def _keeping_sizes() -> Iterator[None]:
     """Without Python's own kernels, PyTorch's fix a dynamic dimension to its example; questions about a memory layout
     do not restrict it."""
-    with enable_python_dispatcher(), symbolic_config.patch(backed_size_oblivious=True):
+    with enable_python_dispatcher(), symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         yield
 
 

@@ -43,6 +43,7 @@ class AsConstants(TorchFunctionMode):
             parent, _, attribute = name.rpartition(".")
             buffers = self.module.get_submodule(parent)._buffers
             before = buffers[attribute]
+            assert before is not None
             constant = torch.tensor(value, dtype=before.dtype, device=before.device)  # frontends know its value
             self._before.append((name, buffers, attribute, before, constant))
             self._put[id(constant)] = name

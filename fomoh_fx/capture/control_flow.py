@@ -46,14 +46,14 @@ def higher_order_operators() -> Iterator[None]:
         (flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"): True,
     }
     before: dict[Any, Any] = {where: getattr(*where) for where in replaced}
-    for where, value in replaced.items():
-        setattr(*where, value)
+    for (module, name), value in replaced.items():
+        setattr(module, name, value)
     try:
         with _without_autograd():
             yield
     finally:
-        for where, value in before.items():
-            setattr(*where, value)
+        for (module, name), value in before.items():
+            setattr(module, name, value)
 
 
 @contextmanager

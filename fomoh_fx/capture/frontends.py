@@ -73,7 +73,7 @@ def _with_constants(
     """Capture again with the model's whole numbers as constants, but for those that it changes."""
     constants = whole_numbers(root.model) if isinstance(root.model, nn.Module) else {}
     while constants:
-        again = Root(root.model, root.loss, root.call, root.foreign, root.outside, constants)
+        again = Root(root.model, root.loss, root.call, root.foreign, list(root.outside), constants)
         outcome = _first_that_works(again, names, dynamic_shapes)
         changed = again.observed.constants.changed if again.observed.constants else set()
         if not changed:

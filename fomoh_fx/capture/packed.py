@@ -72,7 +72,11 @@ def _pad(
 def _recurrent(step: Any, packed: Tensor, batch_sizes: Tensor, state: Any, *options: Any) -> tuple[Tensor, ...]:
     rows = _ROWS[batch_sizes]
     initial: Sequence[Tensor] = [state] if isinstance(state, Tensor) else state
-    out, *last = layers(step, rows.padded(packed), initial, *options, kept=rows.kept)
+    params, has_biases, num_layers, dropout, train, bidirectional = options
+    out, *last = layers(
+        step, rows.padded(packed), initial, params, has_biases, num_layers, dropout, train, bidirectional,
+        kept=rows.kept,
+    )  # fmt: skip
     return rows.packed(out), *last
 
 
