@@ -62,6 +62,7 @@ def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dy
             if isinstance(outcome, CaptureError):
                 raise outcome
             return outcome
+        _refuse_remembered(root, tensors)
         foreign += tensors  # capture again with what a closure holds as inputs: its values may change
         outside += modules
     raise CaptureError("model: makes new tensors with data at every call that it then uses as constants")
@@ -91,6 +92,33 @@ def _unknown(root: Root) -> tuple[list[Tensor], list[nn.Module]]:
     modules = [module for ref in root.observed.outside if (module := ref()) is not None]
     tensors = root.observed.semantics.foreign.values()
     return [t for t in tensors if not any(_owns(module, t) for module in (root, *modules))], modules
+
+
+def _refuse_remembered(root: Root, tensors: Sequence[Tensor]) -> None:
+    """A tensor that was computed from a parameter before this call has a derivative that no graph of this call has."""
+    names = {id(p): name for name, p in root.model.named_parameters()} if isinstance(root.model, nn.Module) else {}
+    for tensor in tensors:
+        for leaf in _leaves_behind(tensor):
+            if id(leaf) in names:
+                raise CaptureError(
+                    f"model: uses a tensor of shape {tuple(tensor.shape)} that an earlier call computed from the "
+                    f"parameter {names[id(leaf)]!r} and kept outside its parameters and buffers, so its derivative "
+                    "would be lost. Compute it anew at every call, or detach it before it is kept"
+                )
+
+
+def _leaves_behind(tensor: Tensor) -> list[Tensor]:
+    """The leaves that reverse mode would reach from the tensor."""
+    found, seen, todo = [], set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        todo += [following for following, _ in node.next_functions]
+    return found
 
 
 def _owns(module: nn.Module, tensor: Tensor) -> bool:

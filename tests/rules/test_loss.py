@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 import fomoh_fx
-from fomoh_fx.errors import FomohError
 from fomoh_fx.rules.registry import COMPOSITES
+from tests.oracle import finite_differences
 from tests.rules.checking import Sample, check
 
 aten = torch.ops.aten
@@ -151,8 +151,18 @@ def test_ignored_rows_leak_nothing(label_smoothing):
         torch.testing.assert_close(getattr(out, part), getattr(expected, part))
 
 
-def test_ctc_loss_is_refused():
-    targets, lengths = torch.tensor([[1, 2]]), torch.tensor([2])
-    hd = fomoh_fx.transform(lambda x: F.ctc_loss(x[:, None].log_softmax(-1), targets, [4], lengths), wrt="inputs")
-    with pytest.raises(FomohError):
-        hd(X, tangents=(r(1, 4, 5),))
+def test_ctc_loss_with_lengths_that_are_read_at_every_call():
+    targets, sizes, lengths = torch.tensor([[1, 2]]), torch.tensor([4]), torch.tensor([2])
+    x, v = r(4, 5), r(2, 4, 5)
+
+    def loss(x):
+        return F.ctc_loss(x[:, None].log_softmax(-1), targets, sizes, lengths)
+
+    hd = fomoh_fx.transform(loss, wrt="inputs")
+    for length in (2, 1):
+        lengths.fill_(length)
+        out = hd(x, tangents=(v,))
+        value, slopes, crosses = finite_differences(loss, [x], [v])
+        torch.testing.assert_close(out.primal, value)
+        torch.testing.assert_close(out.tangent, slopes, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(out.hessian(), crosses, rtol=1e-5, atol=1e-5)
