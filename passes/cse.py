@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.passes.dataflow import escapes, graphs_in, is_view, root_of
+from fomoh_fx.passes.dataflow import draws, escapes, graphs_in, is_view, root_of
 
 
 def merge_common_subexpressions(module: fx.GraphModule) -> fx.GraphModule:
@@ -43,7 +43,7 @@ def _merge(module: fx.GraphModule) -> None:
 
 def _is_unrepeatable(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
-        return torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable
+        return draws(node.target) or node.target._schema.is_mutable
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 

@@ -32,16 +32,26 @@ def bodies_of(node: fx.Node) -> list[fx.GraphModule]:
 
 
 def is_effect(node: fx.Node) -> bool:
-    """Whether the node is not there for its value: an input, the output, an operator that returns nothing (asserts)."""
-    if node.op == "call_function":
-        nothing = isinstance(node.target, OpOverload) and not node.target._schema.returns
-        return nothing or any(is_assertion(n) for body in bodies_of(node) for n in body.graph.nodes)
-    return node.op in ("placeholder", "output")
+    """Whether the node is not there for its value only: an input, the output, a call that has an effect."""
+    return is_effectful_call(node) if node.op == "call_function" else node.op in ("placeholder", "output")
+
+
+def is_effectful_call(node: fx.Node) -> bool:
+    """Whether the node asserts or draws random numbers: others draw what comes after these."""
+    if node.op != "call_function":
+        return False
+    inside = (n for body in bodies_of(node) for n in body.graph.nodes)
+    return is_assertion(node) or draws(node.target) or any(is_effectful_call(n) for n in inside)
 
 
 def is_assertion(node: fx.Node) -> bool:
-    """Whether the node is a call that is not there for its value."""
-    return node.op == "call_function" and is_effect(node)
+    """Whether the node is a call that returns nothing."""
+    return isinstance(node.target, OpOverload) and not node.target._schema.returns
+
+
+def draws(target: object) -> bool:
+    """Whether it is an operator that draws random numbers."""
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def is_view(node: fx.Node) -> bool:

@@ -1,8 +1,8 @@
 """Eliminate: drop every node whose value nobody uses.
 
 Contract: a functional graph in, the same graph without dead nodes out; inputs, outputs and assertions on data stay as
-they are. Random operators are dropped too: an unused draw changes no result. Higher-order operators are pruned, the
-last first, for what one no longer takes an earlier one need not return.
+they are. So do random operators: without an unused draw the next one would give other numbers than in the model.
+Higher-order operators are pruned, the last first, for what one no longer takes an earlier one need not return.
 """
 
 from __future__ import annotations

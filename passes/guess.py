@@ -35,6 +35,7 @@ from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, add
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.activity import analyse
+from fomoh_fx.passes.dataflow import draws
 from fomoh_fx.passes.expand import Expander, Scope
 from fomoh_fx.passes.normalize import inputs_of
 from fomoh_fx.passes.retrace import last_node, recorded_nodes, retrace
@@ -149,7 +150,7 @@ class Tail(Expander):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         n = self.current
         assert n is not None
-        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+        if draws(target):
             return self._drawn_again(n, args)
         result = super().call_function(target, args, kwargs)
         return _with_values(result, self.values[n]) if target is not operator.getitem else result

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fomoh_fx.passes.activity import ancestors
-from fomoh_fx.passes.dataflow import bodies_of, is_assertion, is_effect
+from fomoh_fx.passes.dataflow import bodies_of, is_effect, is_effectful_call
 
 higher_order = torch.ops.higher_order
 
@@ -108,7 +108,7 @@ def _is_read(node: fx.Node, producers: Sequence[fx.GraphModule], i: int, kept: C
     for body in bodies_of(node):
         results = body.graph.output_node().args[0]
         asked = [results[j] for j in kept] if body in producers else [results]  # type: ignore[index]
-        effects = [n for n in body.graph.nodes if is_assertion(n)]
+        effects = [n for n in body.graph.nodes if is_effectful_call(n)]
         reads = ancestors(body.graph, [*effects, *(n for n in asked if isinstance(n, fx.Node))])
         if body.graph.find_nodes(op="placeholder")[i] in reads:
             return True

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx, nn
 from torch._export.utils import _compiling_state_context
+from torch._inductor import config as inductor_config
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.export import _trace
@@ -289,7 +290,8 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
     table = torch.export.default_decompositions()
     for op in [*RULES, *COMPOSITES, aten.detach.default]:
         table.pop(op, None)
-    exported = exported.run_decompositions(table)
+    with inductor_config.patch(fallback_random=True):  # keeps unused draws, as the model draws them too
+        exported = exported.run_decompositions(table)
     arguments = iter(range(len(tensors)))
     inputs = []
     for spec in exported.graph_signature.input_specs:

@@ -25,6 +25,7 @@ from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.functional_forms import CHANGING
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined, add
 from fomoh_fx.passes.activity import analyse
+from fomoh_fx.passes.dataflow import draws
 from fomoh_fx.passes.eliminate import eliminate
 from fomoh_fx.passes.expand import Layout, Scope, expand
 from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
@@ -282,7 +283,7 @@ def synthesize(op: Operator) -> Rule:
     def push(op: Any, which: Sequence[int], tangents: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
         if op in CHANGING:
             raise UnsupportedOpError("no rule, and PyTorch has no derivative of an operator that changes its arguments")
-        if _draws(op):
+        if draws(op):
             raise UnsupportedOpError(
                 "no rule, and it draws random numbers, so that a derivative of it evaluated apart would draw others"
             )
@@ -297,10 +298,6 @@ def synthesize(op: Operator) -> Rule:
         raise UnsupportedOpError("no rule, and PyTorch has no derivative to make one from (" + "; ".join(reasons) + ")")
 
     return from_jvp(push, kind="synthesised")
-
-
-def _draws(op: Any) -> bool:
-    return isinstance(op, OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
 
 
 def _has_autograd(op: Any) -> bool:

@@ -5,6 +5,7 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import fomoh_fx
 from fomoh_fx.passes.eliminate import eliminate
 from tests.passes.waste import MODELS, compiled, no_waste
 
@@ -14,7 +15,7 @@ def test_dead_nodes_and_their_constants_go():
 
     def function(x):
         unused = x + constant
-        torch.rand_like(unused)
+        torch.sin(unused)
         return (x * 2,)
 
     module = make_fx(function)(torch.randn(3))
@@ -22,6 +23,23 @@ def test_dead_nodes_and_their_constants_go():
     module = eliminate(module)
     assert [n.op for n in module.graph.nodes] == ["placeholder", "call_function", "output"]
     assert not dict(module.named_buffers())
+
+
+def test_unused_draws_stay():
+    """The model draws them too, so what is drawn after them has the model's numbers."""
+
+    def function(x):
+        torch.rand(3)
+        return (torch.nn.functional.dropout(x, 0.5),)
+
+    module = eliminate(make_fx(function)(torch.randn(3)))
+    assert [n.target for n in module.graph.nodes if n.op == "call_function"][0] is torch.ops.aten.rand.default
+    x, v = torch.ones(64), torch.randn(1, 64)
+    hd = fomoh_fx.transform(lambda x: function(x)[0].square().sum(), wrt="inputs")
+    torch.manual_seed(0)
+    out = hd(x, tangents=(v,))
+    torch.manual_seed(0)
+    torch.testing.assert_close(out.primal, function(x)[0].square().sum())
 
 
 def test_unused_inputs_stay():
