@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
@@ -16,6 +17,7 @@ from fomoh_fx.capture.conversions import conversions_checked
 from fomoh_fx.capture.finite import AssumeFinite
 from fomoh_fx.capture.semantics import ReverseModeSemantics
 from fomoh_fx.errors import ArgumentError
+from fomoh_fx.passes.dataflow import draws, graphs_in
 from fomoh_fx.passes.provenance import RecordSourceLines
 
 
@@ -198,6 +200,11 @@ class Program:
     outside: Sequence[nn.Module] = ()
     constants: Sequence[tuple[Input, Any]] = ()  # buffers, and the values that the graph is for
     refused: list[str] = field(default_factory=list)
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether it draws random numbers."""
+        return any(draws(node.target) for part in graphs_in(self.module) for node in part.graph.nodes)
 
     @property
     def placeholders(self) -> list[fx.Node]:

@@ -121,13 +121,14 @@ class ForwardOptimizer(torch.optim.Optimizer):
         value = self.hd(*batch.args, tangents=directions, **batch.keywords)
         loss, kappa = scalar_of(value), self.coefficients(value)
         kappa = kappa * self._length.to(kappa)
+        reference = loss if replay is None or replay.is_alike else replay.loss()
         before = [p.clone() for p in self._trained().values()] if self.largest_rise is not None else []
         steps = {name: torch.tensordot(kappa.to(v), v, 1) for name, v in directions.items()}
         moved, valid = self._move(steps, [loss, value.tangent, kappa, *([] if value.cross is None else [value.cross])])
         buffers.restore(unless=valid)
         record = self._record(value, kappa, valid)
         if replay is not None:
-            record = replace(record, after=replay.loss().double())
+            record = replace(record, actual=replay.loss().double() - reference.double())
         if self.largest_rise is not None:
             record, moved = self._judge(record, before, moved)
         self.learn(record)
@@ -160,8 +161,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
     def _judge(self, record: StepRecord, before: Sequence[Tensor], moved: Stacks) -> tuple[StepRecord, Stacks]:
         """Take the step back where the loss rose too far."""
-        assert record.after is not None and self.largest_rise is not None
-        stays = record.after <= record.loss + self.largest_rise * record.loss.abs()  # False for NaN
+        assert record.actual is not None and self.largest_rise is not None
+        stays = record.actual <= self.largest_rise * record.loss.abs()  # False for NaN
         refused = ~stays & ~record.skipped
         self._refused = self._refused.to(refused.device) + refused
         for p, old in zip(self._trained().values(), before, strict=True):

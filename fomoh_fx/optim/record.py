@@ -12,11 +12,11 @@ from torch import Tensor
 class StepRecord:
     """One step theta + sum_i part_i v_i, as tensors where the loss is; reading a number of them waits for the device.
 
-    ``loss`` is the one before the step and ``after`` the one after it on the same batch, with the same random numbers,
-    None where nothing asked for it. ``slopes`` [K] are v_i . grad f; ``curvature`` is [K, K] for a plane, [K] for a
-    diagonal, None at first order; ``part`` [K] is what was taken of each direction (by the first group's rate).
-    ``damping`` is the solver's, None where it has none. ``skipped``: something was not finite. ``refused``: the step
-    was taken back.
+    ``loss`` is the one before the step, ``actual`` what the step changed of it on the same batch with the same random
+    numbers (before it was taken back where it was), None where nothing asked for it. ``slopes`` [K] are v_i . grad f;
+    ``curvature`` is [K, K] for a plane, [K] for a diagonal, None at first order; ``part`` [K] is what was taken of each
+    direction (by the first group's rate). ``damping`` is the solver's, None where it has none. ``skipped``: something
+    was not finite. ``refused``: the step was taken back.
     """
 
     loss: Tensor
@@ -25,7 +25,7 @@ class StepRecord:
     part: Tensor
     damping: Tensor | None
     skipped: Tensor
-    after: Tensor | None = None
+    actual: Tensor | None = None
     refused: Tensor | None = None
 
     @property
@@ -49,6 +49,6 @@ class StepRecord:
         return self.part @ self.slopes + self.bend / 2
 
     @property
-    def actual(self) -> Tensor | None:
-        """The change of the loss on the batch, before the step was taken back where it was."""
-        return None if self.after is None else self.after - self.loss
+    def after(self) -> Tensor | None:
+        """The loss after the step."""
+        return None if self.actual is None else self.loss + self.actual

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fomoh_fx import lower
 from fomoh_fx.capture import Call
 from fomoh_fx.optim.directions import Batch
 from fomoh_fx.optim.snapshot import Buffers, RandomState
@@ -15,12 +16,17 @@ from fomoh_fx.transform import HyperDualModule
 class Replay:
     """Made before the evaluation: dropout then has the same masks, and no buffer is changed again.
 
-    Where the evaluation was lowered by Inductor its random numbers are other ones, so there the masks differ.
+    Where the evaluation was lowered by Inductor its random numbers are other ones: there two replays are compared.
     """
 
     def __init__(self, hd: HyperDualModule, batch: Batch, buffers: Buffers) -> None:
         self.hd, self.batch, self.random = hd, batch, RandomState(hd.module)
         self.buffers = {id(buffer): kept for buffer, kept in buffers.kept}
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether the evaluation drew the same numbers as its replay."""
+        return self.hd.lowering is lower.eager or not self.hd.latest.program.draws
 
     @torch.no_grad()
     def loss(self) -> Tensor:

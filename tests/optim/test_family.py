@@ -256,6 +256,19 @@ def test_singular_and_indefinite_planes(solver, curvature):
     assert model.at.abs().max() < 100
 
 
+@pytest.mark.slow
+def test_a_compiled_step_is_judged_by_two_replays_with_one_mask():
+    """Inductor draws other numbers than the replay; a step of length zero changes nothing all the same."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    hd = fomoh_fx.compile(fomoh_fx.transform(model, nn.functional.cross_entropy))
+    opt = FoMoHKD(hd, lr=0.0, directions=2, seed=0, largest_rise=0.0, diagnostics=True)
+    for _ in range(4):
+        opt.step(x, targets=(y,))
+        assert float(opt.last_step.actual) == 0
+    assert opt.refused == 0
+
+
 def test_targets_are_checked():
     hd, x, (y,) = classifier()
     with pytest.raises(ArgumentError, match="^targets: expected a tuple"):
