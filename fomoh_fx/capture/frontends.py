@@ -61,7 +61,7 @@ def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dy
         tensors, modules = _unknown(root)
         if not tensors and not modules:
             if isinstance(outcome, CaptureError):
-                raise outcome
+                raise CaptureError(*outcome.args) from outcome.__cause__
             return outcome
         _refuse_remembered(root, tensors)
         foreign += tensors  # capture again with what a closure holds as inputs: its values may change
