@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -95,6 +95,10 @@ def test_eager(name: str) -> None:
 
 @pytest.mark.slow
 def test_compiled() -> None:
-    """The blocks of all U-Nets, once each: compiling takes time with depth."""
+    """The blocks of all U-Nets, once each: compiling takes time with depth.
+
+    The model embeds the time in float32, with sines that Inductor rounds in its own way.
+    """
     inputs = {"sample": r(1, 2, 4, 4), "timestep": TIMES[:1]}
-    check(Case("UNet2DModel", SMALL_UNET, lambda: inputs).problem(), directions=1, lower=fomoh_fx.compile)
+    problem = Case("UNet2DModel", SMALL_UNET, lambda: inputs).problem()
+    check(replace(problem, tolerance=1e-5), directions=1, lower=fomoh_fx.compile)

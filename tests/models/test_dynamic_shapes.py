@@ -191,6 +191,6 @@ def test_eager(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp", "batch_norm_train", "lstm"])
+@pytest.mark.parametrize("name", ["mlp", "batch_norm_train", "paper_cnn"])
 def test_compiled(name: str) -> None:
     check_dynamic(PROBLEMS[name](), lower=fomoh_fx.compile)
