@@ -10,8 +10,11 @@ Without --data they take the digits that scikit-learn ships. Pictures, CSV and J
 import argparse
 import csv
 import json
+import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -108,10 +111,21 @@ def measured(model, images, labels):
     return cross_entropy(outputs, labels).item(), (outputs.argmax(1) == labels).float().mean().item()
 
 
-def train(task, method, scheduled, seed, epochs, data, compiled):
-    """The figures of every epoch: a list of rows as in COLUMNS."""
+@cache
+def tensors(folder, samples, device):
+    """Training images, their labels, and the test's: normalised."""
+    images, labels, test_images, test_labels = mnist(folder) if folder else digits()
+    images, labels = images[:samples], labels[:samples]
+    parts = [(images - MEAN) / DEVIATION, labels, (test_images - MEAN) / DEVIATION, test_labels]
+    return [part.to(device) for part in parts]
+
+
+def train(run, task, epochs, options):
+    """The figures of every epoch, a list of rows as in COLUMNS, and the seconds of the run."""
+    method, scheduled, seed = run
     build, _, rates = TASKS[task]
-    images, labels, test_images, test_labels = data
+    images, labels, test_images, test_labels = tensors(options.data, options.samples, options.device)
+    start = time.perf_counter()
     torch.manual_seed(seed)
     model, (lr, batch) = build(images.shape[1]).to(images.device), rates[method]
     if METHODS[method] is None:
@@ -119,7 +133,7 @@ def train(task, method, scheduled, seed, epochs, data, compiled):
         scheduler = scheduler_of(task, optimizer.optimizer, epochs) if scheduled else None
     else:
         hd = fomoh_fx.transform(model, cross_entropy)
-        optimizer = METHODS[method](fomoh_fx.compile(hd) if compiled else hd, lr, seed)
+        optimizer = METHODS[method](hd if options.eager else fomoh_fx.compile(hd), lr, seed)
         scheduler = scheduler_of(task, optimizer, epochs) if scheduled else None
     rows = []
     for _ in range(epochs):
@@ -135,7 +149,7 @@ def train(task, method, scheduled, seed, epochs, data, compiled):
             scheduler.step(test_loss)
         elif scheduler is not None:
             scheduler.step()
-    return rows
+    return rows, time.perf_counter() - start
 
 
 def spread(values):
@@ -188,32 +202,30 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
     parser.add_argument("--samples", type=int, help="only the first training images")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each in a process of its own")
     parser.add_argument("--eager", action="store_true", help="do not compile with Inductor")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
-    images, labels, test_images, test_labels = mnist(options.data) if options.data else digits()
-    images, labels = images[: options.samples], labels[: options.samples]
-    data = [(images - MEAN) / DEVIATION, labels, (test_images - MEAN) / DEVIATION, test_labels]
-    data = [part.to(options.device) for part in data]
     _, epochs, rates = TASKS[options.task]
     epochs = options.epochs or epochs
     names = [name for name in rates if options.methods is None or name in options.methods]
-    runs = [(name, scheduled) for name in names for scheduled in (False, True)]
-    runs = [(name, s) for name, s in runs if not s or (name in SCHEDULED and options.task != "notebook")]
+    curves = [(name, scheduled) for name in names for scheduled in (False, True)]
+    curves = [(name, s) for name, s in curves if not s or (name in SCHEDULED and options.task != "notebook")]
+    runs = [(name, scheduled, seed) for name, scheduled in curves for seed in options.seeds]
 
+    done = {}
+    work = partial(train, task=options.task, epochs=epochs, options=options)
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        started = {pool.submit(work, run): run for run in runs}
+        for finished in tqdm(as_completed(started), total=len(runs), unit="run", disable=None):
+            done[started[finished]] = finished.result()
     found, seconds = {}, {}
-    progress = tqdm(total=len(runs) * len(options.seeds), unit="run", disable=None)
-    for method, scheduled in runs:
-        name, start = method + (" (schedule)" if scheduled else ""), time.perf_counter()
-        found[name] = []
-        for seed in options.seeds:
-            progress.set_description(f"{name}, seed {seed}")
-            found[name].append(train(options.task, method, scheduled, seed, epochs, data, not options.eager))
-            progress.update()
-        seconds[name] = (time.perf_counter() - start) / len(options.seeds)
-    progress.close()
+    for method, scheduled in curves:
+        name, of_seeds = method + " (schedule)" * scheduled, [done[method, scheduled, seed] for seed in options.seeds]
+        found[name] = [rows for rows, _ in of_seeds]
+        seconds[name] = statistics.mean(taken for _, taken in of_seeds)
     report(options.task, epochs, options.seeds, found, seconds, options.out)
 
 
