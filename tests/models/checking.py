@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ def projection(output: Any, *targets: Any) -> Tensor:
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
             y = (torch.view_as_real(leaf) if leaf.is_complex() else leaf).reshape(-1)
-            weights = torch.sin(torch.arange(1, y.numel() + 1, dtype=y.dtype))
+            weights = torch.sin(torch.arange(1, y.numel() + 1, dtype=y.dtype, device=y.device))
             total.append((y * weights + y.square() / 2).mean())
     return torch.stack(total).sum()
 
@@ -56,11 +56,17 @@ class Problem:
         generator = torch.Generator().manual_seed(1)
 
         def stack(x: Tensor) -> Tensor:
-            return torch.randn(count, *x.shape, dtype=x.dtype, generator=generator)
+            return torch.randn(count, *x.shape, dtype=x.dtype, generator=generator).to(x.device)
 
         if self.wrt == "inputs":
             return tuple(stack(a) if i in self.active else None for i, a in enumerate(self.args))
         return {name: stack(p) for name, p in self.model.named_parameters()}
+
+    def to(self, device: str) -> Problem:
+        """The same problem there."""
+        moved = pytree.tree_map_only(Tensor, lambda x: x.to(device), (self.args, self.kwargs, self.targets))
+        args, kwargs, targets = moved
+        return replace(self, model=self.model.to(device), args=args, kwargs=kwargs, targets=targets)
 
 
 def _real(x: Tensor) -> Tensor:
@@ -128,7 +134,7 @@ def check_call(hd: HyperDualModule, problem: Problem, directions: int = 2) -> fo
     for part, truth in expected.items():
         actual = getattr(out, part)
         assert actual.shape == truth.shape and actual.dtype == truth.dtype, part
-        error = float((actual - truth).norm() / truth.norm())
+        error = float((actual.cpu() - truth.cpu()).norm() / truth.norm())
         assert error < within, f"{part}: {error:.1e}, not within {within}"
     if problem.truth == "reverse":  # finite differences evaluate several times
         buffers = dict(updated.named_buffers())

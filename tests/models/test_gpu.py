@@ -1,0 +1,35 @@
+"""The same models on a GPU, against reverse-over-reverse there."""
+
+import pytest
+import torch
+
+import fomoh_fx
+from tests.models.checking import check
+from tests.models.models import PROBLEMS
+from tests.models.test_torch_models import COMPILED
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def on_gpu(name):
+    """The problem there; skipped where the model makes tensors on the CPU by itself."""
+    problem = PROBLEMS[name]().to("cuda")
+    try:
+        problem.loss(problem.model(*problem.args, **problem.kwargs), *problem.targets)
+    except RuntimeError as error:
+        if "device" in str(error):
+            pytest.skip(f"the model itself does not run there: {error}")
+        raise
+    return PROBLEMS[name]().to("cuda")
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_eager(name):
+    check(on_gpu(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(name):
+    with torch._inductor.config.patch(fallback_random=True):
+        check(on_gpu(name), lower=fomoh_fx.compile)
