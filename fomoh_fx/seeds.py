@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Call, Input, Program
+from fomoh_fx.capture.hooks import refuse_hooks_of
 from fomoh_fx.errors import ArgumentError
 
 
@@ -189,6 +190,7 @@ def _check(label: str, tangent: Any, primal: Tensor) -> None:
         raise ArgumentError(f"tangents: the tangent {label} must have dtype {primal.dtype}, got {tangent.dtype}")
     if tangent.device != primal.device:
         raise ArgumentError(f"tangents: the tangent {label} must be on {primal.device}, got {tangent.device}")
+    refuse_hooks_of(primal, label[3:])
 
 
 def _seeds(owners: Sequence[str | int], stacks: Sequence[Tensor], labels: Sequence[str]) -> Seeds:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -42,14 +44,22 @@ def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
     return None if tensor.is_contiguous() else tensor.stride()
 
 
+#: Attributes that a graph has as constants: a dropout's rate, an activation function.
+_PLAIN = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
+
+
 def settings_of(module: nn.Module) -> tuple[Any, ...]:
-    """The plain attributes of every submodule (a dropout's rate, a norm's epsilon): constants of the graph."""
+    """What makes every submodule compute what it does, beside its state: class, hooks, plain attributes."""
     return tuple(
-        (name, type(value), value)
-        for submodule in module.modules()
-        for name, value in vars(submodule).items()
-        if value is None or type(value) in (bool, int, float, str)
+        (type(m), *_hooks(m), *((name, type(value), value) for name, value in vars(m).items() if type(value) in _PLAIN))
+        for m in module.modules()
     )
+
+
+def _hooks(module: nn.Module) -> Iterator[tuple[int, ...]]:
+    """The hooks that run with a module, by numbers that PyTorch gives only once."""
+    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return (tuple(hooks) for hooks in own)
 
 
 def modes_of(module: nn.Module, loss: Any) -> list[Any]:

@@ -60,7 +60,7 @@ def source_line(stack_trace: str | None) -> str:
     """The innermost line of the user's own code in a stack trace: ``model.py:12, y = self.layer(x)``."""
     frames = list(_FRAME.finditer(stack_trace or ""))
     roots = [i for i, frame in enumerate(frames) if _is_root(frame["file"])]
-    users = [frame for frame in frames[roots[0] + 1 if roots else 0 :] if not _is_hidden(frame["file"])]
+    users = [frame for frame in frames[roots[0] + 1 if roots else 0 :] if not is_hidden(frame["file"])]
     if not users:
         return ""
     frame = users[-1]
@@ -73,7 +73,7 @@ def _short(file: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _is_hidden(file: str) -> bool:
+def is_hidden(file: str) -> bool:
     """Whether the code is PyTorch's, this compiler's, Python's, or generated."""
     if file.startswith(("<eval_with_key>", "<frozen")):
         return True
@@ -84,7 +84,7 @@ def _is_hidden(file: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _is_root(file: str) -> bool:
-    return file.endswith(_ROOT) and _is_hidden(file)
+    return file.endswith(_ROOT) and is_hidden(file)
 
 
 def _module_path(stack: dict[str, tuple[str, Any]] | None) -> str:
@@ -116,7 +116,7 @@ class RecordSourceLines(TorchFunctionMode):
 
 def _user_frame(frame: FrameType | None) -> FrameType | None:
     while frame is not None and not _is_root(frame.f_code.co_filename):
-        if not _is_hidden(frame.f_code.co_filename):
+        if not is_hidden(frame.f_code.co_filename):
             return frame
         frame = frame.f_back
     return None

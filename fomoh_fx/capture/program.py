@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from fomoh_fx.capture.constants import AsConstants
 from fomoh_fx.capture.conversions import conversions_checked
 from fomoh_fx.capture.finite import AssumeFinite
+from fomoh_fx.capture.hooks import gradient_hooks_checked, refuse_hooks_of_module
 from fomoh_fx.capture.semantics import ReverseModeSemantics
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.passes.dataflow import draws, graphs_in
@@ -134,7 +135,7 @@ class Root(nn.Module):
         with ExitStack() as stack:
             for context in (
                 self.observed.semantics, RecordSourceLines(), AssumeFinite(), self.observed.constants,
-                self._observe_modules(), conversions_checked(self),
+                self._observe_modules(), conversions_checked(self), gradient_hooks_checked(),
             ):  # fmt: skip
                 stack.enter_context(context)
             output = self.model(*args, **kwargs)
@@ -165,6 +166,7 @@ class Root(nn.Module):
         known = {id(vars(m)) for m in self.modules()}  # a tracer wraps modules in others that share their attributes
 
         def note(module: nn.Module, args: Any) -> None:
+            refuse_hooks_of_module(module)
             stateless_graph = isinstance(module, fx.GraphModule) and not module.state_dict()  # a branch being traced
             if id(vars(module)) not in known and not stateless_graph:
                 self.observed.outside.append(weakref.ref(module))
