@@ -1,6 +1,7 @@
-"""The handwritten digits that the examples train on."""
+"""What the examples train on: handwritten digits, and text."""
 
 import gzip
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -29,3 +30,22 @@ def mnist(folder):
         parts[name] = torch.frombuffer(bytearray(data[4 + 4 * data[3] :]), dtype=torch.uint8).reshape(shape)
     images, labels, test_images, test_labels = parts.values()
     return images.float() / 255, labels.long(), test_images.float() / 255, test_labels.long()
+
+
+def manual(context, characters):
+    """Windows of the texts that Python's help() shows, each beside itself one character later; the last tenth tests.
+
+    The text depends on Python's version. All but its most frequent characters share one number.
+    """
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    counts = Counter(text)
+    kept = sorted(counts, key=lambda c: (-counts[c], c))[: characters - 1]
+    numbers = {c: i for i, c in enumerate(kept)}
+    codes = torch.tensor([numbers.get(c, len(kept)) for c in text])
+    windows = (len(codes) - 1) // context
+    x = codes[: windows * context].reshape(windows, context)
+    y = codes[1 : windows * context + 1].reshape(windows, context)
+    train = windows * 9 // 10
+    return x[:train], y[:train], x[train:], y[train:]
