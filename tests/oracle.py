@@ -17,9 +17,10 @@ def reverse_over_reverse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Value, tangents ``[K, *shape]`` and crosses ``[K, K, *shape]`` of a real function along stacked directions.
 
-    An output of several elements is differentiated one element at a time, so keep outputs small.
+    An output of several elements is differentiated one element at a time, so keep outputs small. CuDNN's recurrent
+    networks and fused attention have no second derivative, so both are switched off.
     """
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), torch.enable_grad():
         leaves = [x.detach().clone().requires_grad_() for x in xs]
         y = function(*leaves)
         k = directions[0].shape[0]

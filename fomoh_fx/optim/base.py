@@ -120,7 +120,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         replay = Replay(self.hd, batch, buffers) if looks_again else None
         value = self.hd(*batch.args, tangents=directions, **batch.keywords)
         loss, kappa = scalar_of(value), self.coefficients(value)
-        kappa = kappa * self._length.to(kappa)
+        kappa = kappa * self._length  # of no dimensions, so it may lie on the CPU: nothing waits
         reference = loss if replay is None or replay.is_alike else replay.loss()
         before = [p.clone() for p in self._trained().values()] if self.largest_rise is not None else []
         steps = {name: torch.tensordot(kappa.to(v), v, 1) for name, v in directions.items()}

@@ -114,16 +114,19 @@ def check(
     second_order: str | None = "plane",
     directions: int = 2,
     lower: Callable[[Any], Any] = lambda hd: hd,
+    true: Problem | None = None,
 ) -> fomoh_fx.HyperDual:
-    """Compare with the oracle; ``lower`` may compile the transformed model."""
+    """Compare with the oracle, at the same problem elsewhere if given; ``lower`` may compile the transformed model."""
     hd = fomoh_fx.transform(problem.model, problem.loss, wrt=problem.wrt, second_order=second_order)  # type: ignore[arg-type]
-    return check_call(lower(hd), problem, directions)
+    return check_call(lower(hd), problem, directions, true)
 
 
-def check_call(hd: HyperDualModule, problem: Problem, directions: int = 2) -> fomoh_fx.HyperDual:
+def check_call(
+    hd: HyperDualModule, problem: Problem, directions: int = 2, true: Problem | None = None
+) -> fomoh_fx.HyperDual:
     """Compare one call of a transformed model with the oracle."""
-    tangents = problem.directions(directions)
-    value, slopes, crosses, updated = truth_of(problem, tangents)
+    tangents, true = problem.directions(directions), true or problem
+    value, slopes, crosses, updated = truth_of(true, true.directions(directions))
     torch.manual_seed(0)
     out = hd(*problem.args, tangents=tangents, targets=problem.targets, **problem.kwargs)
     within = max(problem.tolerance, 1e-5 if computes_in_float32(hd.latest) else 0)
