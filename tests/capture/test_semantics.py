@@ -147,6 +147,16 @@ def test_no_grad_stops_derivatives(x):
     assert_like_reverse_mode(f, x)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_gradient_inside_the_model_is_differentiated_where_its_graph_is_created(x, create_graph):
+    def f(x):
+        x = x.requires_grad_()
+        (slope,) = torch.autograd.grad((x.sin() * x).sum(), x, create_graph=create_graph)
+        return ((x - 0.1 * slope) ** 3).sum(1)
+
+    assert_like_reverse_mode(f, x)
+
+
 def test_grad_mode_of_the_caller_does_not_matter(x):
     directions = (torch.randn(2, 4, 5, dtype=torch.float64),)
     expected = fomoh_fx.transform(lambda x: x.sin().sum(1), wrt="inputs")(x, tangents=directions)
