@@ -112,6 +112,8 @@ class ReverseModeSemantics(TorchFunctionMode):
             return self._mutate_source(func, args, kwargs)
         if func is torch.Tensor.detach_:
             return args[0].copy_(ops.stop_gradient.default(args[0]))
+        if func is torch.autograd.grad and not kwargs["create_graph"]:
+            return pytree.tree_map_only(Tensor, _stopped, func(*args, **kwargs))
         if torch.is_grad_enabled() or not _computes(func):
             return func(*args, **kwargs)
         if mutates(func) and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
