@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomoh_fx.capture.constants import whole_numbers
 from fomoh_fx.capture.dimensions import marks_kept, refusals
+from fomoh_fx.capture.draws import refuse_drawn
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
 from fomoh_fx.passes.provenance import source_line
@@ -51,6 +52,10 @@ def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dy
         CaptureError: no frontend could record one graph that holds for every input of this signature.
     """
     register_present()
+    return refuse_drawn(partial(_capture, model, loss, call, argument_names, dynamic_shapes))
+
+
+def _capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dynamic_shapes: Any) -> Program:
     foreign: list[Tensor] = []
     outside: list[nn.Module] = []
     for _ in range(3):
@@ -66,7 +71,10 @@ def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dy
         _refuse_remembered(root, tensors)
         foreign += tensors  # capture again with what a closure holds as inputs: its values may change
         outside += modules
-    raise CaptureError("model: makes new tensors with data at every call that it then uses as constants")
+    raise CaptureError(
+        "model: makes new tensors with data at every call that it then uses as constants; make them by torch.tensor, "
+        "or keep them as buffers"
+    )
 
 
 def _with_constants(
@@ -229,6 +237,7 @@ def _tracing_state() -> Iterator[None]:
         stack.enter_context(_quiet("torch._subclasses.fake_tensor"))
         stack.enter_context(_quiet("torch.fx.experimental.symbolic_shapes"))
         stack.enter_context(patch.object(_trace, "print", lambda *_, **__: None, create=True))  # a graph
+        stack.enter_context(patch.object(torch, "from_numpy", torch.as_tensor))  # which frontends see
         stack.enter_context(_known_literals())
         stack.enter_context(_without_checks_of_values())
         yield

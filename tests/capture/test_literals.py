@@ -1,5 +1,6 @@
 """Tensors that a model writes out: their values may decide a branch, until others are written there."""
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -36,7 +37,14 @@ def selected(x: Tensor) -> Tensor:
     return x.square()[torch.tensor([True, False, True])]
 
 
-@pytest.mark.parametrize("function", [normalised, repeated, changed, selected], ids=lambda f: f.__name__)
+def from_numpy(x: Tensor) -> Tensor:
+    return x.square() * torch.from_numpy(numpy.linspace(1, 2, 3)) + float(numpy.sqrt(2))
+
+
+LITERAL = [normalised, repeated, changed, selected, from_numpy]
+
+
+@pytest.mark.parametrize("function", LITERAL, ids=lambda f: f.__name__)
 def test_literals_decide(function):
     check(function, Sample((r(3),)))
 

@@ -1,0 +1,60 @@
+"""Models that draw from Python's or NumPy's generators: refused where the result depends on the numbers."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fomoh_fx
+from fomoh_fx.errors import CaptureError
+
+
+class DropsLayers(nn.Module):
+    def __init__(self, probability, draw):
+        super().__init__()
+        self.layers, self.probability, self.draw = nn.ModuleList(nn.Linear(3, 3) for _ in range(2)), probability, draw
+
+    def forward(self, x):
+        for layer in self.layers:
+            if self.draw() >= self.probability:
+                x = layer(x).tanh()
+        return x
+
+
+def out_of(model):
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    tangents = {name: torch.ones(1, *p.shape) for name, p in model.named_parameters()}
+    return fomoh_fx.transform(model)(x, tangents=tangents), model(x).detach()
+
+
+DRAWS = {
+    "random": lambda: random.random(),
+    "uniform": lambda: random.uniform(0, 1),
+    "numpy": lambda: np.random.rand(),
+    "numpy-uniform": lambda: np.random.uniform(0, 1),
+    "numpy-random": lambda: np.random.random(1).item(),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_what_depends_on_the_numbers_is_refused(draw):
+    for probability in (0.001, 0.999):
+        with pytest.raises(CaptureError, match="Draw with torch"):
+            out_of(DropsLayers(probability, DRAWS[draw]))
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_what_does_not_depend_on_the_numbers_is_captured(draw):
+    out, expected = out_of(DropsLayers(0.0, DRAWS[draw]))
+    torch.testing.assert_close(out.primal, expected)
+
+
+def test_noise_is_refused():
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + torch.tensor(np.random.randn(3), dtype=x.dtype)
+
+    with pytest.raises(CaptureError, match="Draw with torch"):
+        out_of(Noisy(3, 3))
