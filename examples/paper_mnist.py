@@ -152,40 +152,50 @@ def train(run, task, epochs, options):
     return rows, time.perf_counter() - start
 
 
+def order_of(task, run):
+    """As in the paper's tables."""
+    method, scheduled, seed = run
+    return list(TASKS[task][2]).index(method), scheduled, seed
+
+
+def saved(path, epochs):
+    """The runs of an earlier call with as many epochs."""
+    known = json.loads(path.read_text()) if path.exists() else {"epochs": None}
+    return {tuple(run["of"]): run for run in known["runs"]} if known["epochs"] == epochs else {}
+
+
 def spread(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def report(task, epochs, seeds, found, seconds, out):
-    """The table of the last epoch, the curves of all, and pictures of them."""
+def report(task, epochs, done, out):
+    """The table of the last epoch, the mean curves, and pictures of them, of all runs that are done."""
+    curves = {}
+    for (method, scheduled, seed), run in sorted(done.items(), key=lambda item: order_of(task, item[0])):
+        curves.setdefault(method + " (schedule)" * scheduled, {})[seed] = run
+    seeds = sorted({seed for runs in curves.values() for seed in runs})
     lines = [f"{task}, {epochs} epochs, seeds {', '.join(map(str, seeds))}: mean and standard deviation"]
     lines.append(f"{'':26}" + "".join(f"{c.replace('_', ' '):>22}" for c in COLUMNS) + f"{'s a run':>10}")
-    for name, runs in found.items():
-        last = [spread([rows[-1][i] for rows in runs]) for i in range(len(COLUMNS))]
+    for name, runs in curves.items():
+        last = [spread([run["rows"][-1][i] for run in runs.values()]) for i in range(len(COLUMNS))]
         cells = "".join(f"{mean:>13.4f} ± {deviation:.4f}" for mean, deviation in last)
-        lines.append(f"{name:26}{cells}{seconds[name]:>10.0f}")
+        lines.append(f"{name:26}{cells}{statistics.mean(run['seconds'] for run in runs.values()):>10.0f}")
     print("\n".join(["", *lines]))
     (out / f"mnist_{task}.txt").write_text("\n".join(lines) + "\n")
-    figures = {
-        "epochs": epochs,
-        "seeds": seeds,
-        "columns": COLUMNS,
-        "last": {n: [r[-1] for r in f] for n, f in found.items()},
-    }
-    (out / f"mnist_{task}.json").write_text(json.dumps(figures, indent=1))
     with (out / f"mnist_{task}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "epoch", *COLUMNS])
-        for name, runs in found.items():
-            for epoch in range(epochs):
-                means = [statistics.mean(rows[epoch][i] for rows in runs) for i in range(len(COLUMNS))]
-                writer.writerow([name, epoch + 1, *(f"{m:.5f}" for m in means)])
+        for name, runs in curves.items():
+            for epoch, rows in enumerate(zip(*(run["rows"] for run in runs.values()), strict=True)):
+                writer.writerow(
+                    [name, epoch + 1, *(f"{statistics.mean(column):.5f}" for column in zip(*rows, strict=True))]
+                )
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for i, (axis, column) in enumerate(zip(axes.flat, COLUMNS, strict=True)):
-        for j, (name, runs) in enumerate(found.items()):
-            curves = torch.tensor([[row[i] for row in rows] for rows in runs])
+        for j, (name, runs) in enumerate(curves.items()):
+            mean = torch.tensor([[row[i] for row in run["rows"]] for run in runs.values()]).mean(0)
             style = "--" if "schedule" in name else "-"
-            axis.plot(range(1, epochs + 1), curves.mean(0), style, color=f"C{j}", label=name)
+            axis.plot(range(1, epochs + 1), mean, style, color=f"C{j}", label=name)
         axis.set(xlabel="epoch", title=column.replace("_", " "))
         if "loss" in column:
             axis.set_ylim(0, 2.5)
@@ -200,6 +210,7 @@ def main():
     parser.add_argument("--epochs", type=int, help="the paper has 2000 (logistic) and 3000 (cnn)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that the JSON file has, and add to them")
     parser.add_argument("--samples", type=int, help="only the first training images")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each in a process of its own")
@@ -215,18 +226,19 @@ def main():
     curves = [(name, s) for name, s in curves if not s or (name in SCHEDULED and options.task != "notebook")]
     runs = [(name, scheduled, seed) for name, scheduled in curves for seed in options.seeds]
 
-    done = {}
+    path = options.out / f"mnist_{options.task}.json"
+    done = saved(path, epochs) if options.resume else {}
+    runs = [run for run in runs if run not in done]
     work = partial(train, task=options.task, epochs=epochs, options=options)
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         started = {pool.submit(work, run): run for run in runs}
         for finished in tqdm(as_completed(started), total=len(runs), unit="run", disable=None):
-            done[started[finished]] = finished.result()
-    found, seconds = {}, {}
-    for method, scheduled in curves:
-        name, of_seeds = method + " (schedule)" * scheduled, [done[method, scheduled, seed] for seed in options.seeds]
-        found[name] = [rows for rows, _ in of_seeds]
-        seconds[name] = statistics.mean(taken for _, taken in of_seeds)
-    report(options.task, epochs, options.seeds, found, seconds, options.out)
+            rows, seconds = finished.result()
+            rows = [[round(figure, 5) for figure in row] for row in rows]
+            run = started[finished]
+            done[run] = {"of": run, "seconds": round(seconds, 1), "rows": rows}
+            path.write_text(json.dumps({"epochs": epochs, "columns": COLUMNS, "runs": list(done.values())}))
+    report(options.task, epochs, done, options.out)
 
 
 if __name__ == "__main__":
