@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import compilation, laplacian, machine, memory, problem, report, suite
+from benchmarks import compilation, laplacian, machine, problem, report, suite
 from benchmarks.comparison import Row, compare, prepared
 from benchmarks.contenders.base import Options
 from benchmarks.models import MODELS, deep
@@ -171,12 +171,10 @@ def memories(session: Session) -> None:
             name: partial(_made, make, lambda made=made: (made.fresh(),), session.options)
             for name, make in suite.chosen(suite.MEMORY, s.contenders).items()
         }
-        runs, rows = prepared(makers, f"memory {made.model.name}")
+        runs, rows = prepared(makers, f"memory {made.model.name}", problem.truth(made), made.dtype)
         for name, run in runs.items():
-            rows[name] |= {
-                "peak_bytes": memory.peak_bytes(run.function, made.device),
-                "process_peak_bytes": memory.process_peak_bytes(run.function),
-            }
+            rows[name] |= run.memory()
+            run.close()
         session.add([{**session.common(made), "depth": depth, "contender": name, **row} for name, row in rows.items()])
         print(report.memories(session.rows[-len(rows) :]), end="\n\n", flush=True)
     report.curves(session.rows, "depth", "peak_bytes", session.path("png"), 2**-20, "peak of one repetition, MiB")

@@ -19,8 +19,10 @@ from benchmarks.timing import interleaved, ratio
 Row = dict[str, Any]
 
 
-def prepared(makers: Mapping[str, Callable[[], Run]], label: str) -> tuple[dict[str, Run], dict[str, Row]]:
-    """Every contender that can, compiled by its first run; and a row for each, with the reason where it cannot."""
+def prepared(
+    makers: Mapping[str, Callable[[], Run]], label: str, expected: Result, dtype: torch.dtype
+) -> tuple[dict[str, Run], dict[str, Row]]:
+    """Every contender that can, compiled and checked by its first run; a row for each, or why it cannot."""
     torch._dynamo.reset()
     runs: dict[str, Run] = {}
     rows: dict[str, Row] = {}
@@ -30,7 +32,7 @@ def prepared(makers: Mapping[str, Callable[[], Run]], label: str) -> tuple[dict[
             start = time.perf_counter()
             try:
                 run = make()
-                run.seconds()
+                found = errors(run.result(), expected)
             except Absent as reason:
                 rows[name] = {"absent": str(reason)}
             except Exception as error:  # a peer that fails is a result, too
@@ -38,7 +40,14 @@ def prepared(makers: Mapping[str, Callable[[], Run]], label: str) -> tuple[dict[
                     raise
                 rows[name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
             else:
-                runs[name], rows[name] = run, {"prepare_seconds": time.perf_counter() - start}
+                runs[name], rows[name] = (
+                    run,
+                    {
+                        "prepare_seconds": time.perf_counter() - start,
+                        "errors": found,
+                        "right": all(error <= TOLERANCES[dtype] for error in found.values()),
+                    },
+                )
     return runs, rows
 
 
@@ -52,10 +61,7 @@ def compare(
 ) -> list[Row]:
     """A row for each contender: its time, the ratio to the base's, its errors, or why it is absent."""
     label = " ".join(str(value) for value in common.values() if value is not None)
-    runs, rows = prepared(makers, label)
-    for name, run in runs.items():
-        found = errors(run.result(), expected)
-        rows[name] |= {"errors": found, "right": all(error <= TOLERANCES[dtype] for error in found.values())}
+    runs, rows = prepared(makers, label, expected, dtype)
     with tqdm(total=rounds, desc=label, leave=False, dynamic_ncols=True) as progress:
         times = interleaved(runs, rounds, budget, progress.update)
     for name, run in runs.items():

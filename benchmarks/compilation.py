@@ -29,7 +29,8 @@ def measure(problem: Problem, options: Options) -> Row:
     counts = {name: nodes(stage) for name, stage in hd.stages.items()}
     final = list(counts)[-1]
     inputs = [what.value((problem.x, problem.y)) for what in specialization.program.inputs]
-    primal = options.compile(hd.stages["normalize"], fullgraph=True)
+    normalized = hd.stages["normalize"]
+    primal = options.compile(fx.GraphModule(normalized, normalized.graph), fullgraph=True)
     alone = cold(lambda: primal(*inputs))
     whole = cold(lambda: hd(problem.x, **arguments))
     report = hd.report()

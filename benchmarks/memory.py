@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+
+def peaks(function: Callable[[], Any], device: torch.device) -> dict[str, int | None]:
+    """Of allocated memory, and of what the process has resident (on a CPU, where the system tells)."""
+    resident = process_peak_bytes(function) if device.type == "cpu" else None
+    return {"peak_bytes": peak_bytes(function, device), "process_peak_bytes": resident}
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
@@ -33,6 +40,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
 def process_peak_bytes(function: Callable[[], Any]) -> int | None:
     """How far the resident memory of this process rises; None where the system does not tell."""
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what was freed before would be used again unseen
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
     except OSError:
         return None

@@ -89,7 +89,8 @@ class Block(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        q, k, v = self.qkv(x).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        heads = self.qkv(x).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = heads[0], heads[1], heads[2]  # make_fx of jvp of jvp fails at unbind
         weights = (q @ k.mT / math.sqrt(width // self.heads) + self.mask).softmax(-1)
         return self.out((weights @ v).transpose(1, 2).reshape(batch, length, width))
 

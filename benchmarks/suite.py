@@ -56,6 +56,7 @@ MEMORY: Contenders = {
     "fomoh_fx, eager": ours.eager,
     "torch.func, eager": nested.eager,
     "torch.func, traced, compiled": nested.traced,
+    "JAX, K x K": jax_peer.square,
     "fomoh, vectorised": authors.vectorized,
     "gradient, eager": backprop.gradient_eager,
     "gradient": backprop.gradient,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import seconds
+from benchmarks.memory import peaks
 
 
 class Absent(Exception):
@@ -48,6 +49,10 @@ class Run(Protocol):
         """What one repetition computes, by the names of :data:`benchmarks.problem.Result`."""
         ...
 
+    def memory(self) -> Mapping[str, int | None]:
+        """What one repetition takes at most: see :mod:`benchmarks.memory`."""
+        ...
+
     def close(self) -> None:
         """Let go of what it holds."""
         ...
@@ -66,6 +71,9 @@ class Local:
 
     def result(self) -> Mapping[str, Tensor]:
         return self.finish(self.function())
+
+    def memory(self) -> Mapping[str, int | None]:
+        return peaks(self.function, self.device)
 
     def close(self) -> None:
         pass

@@ -83,6 +83,10 @@ class Worker:
     def result(self) -> dict[str, Tensor]:
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.ask("result").items()}
 
+    def memory(self) -> dict[str, int | None]:
+        """What XLA plans for."""
+        return {"peak_bytes": self.loaded["temporary_bytes"], "process_peak_bytes": None}
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()

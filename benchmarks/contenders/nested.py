@@ -17,6 +17,7 @@ from benchmarks.problem import Problem
 aten = torch.ops.aten
 
 Plane = tuple[Tensor, Tensor, Tensor]
+Tensors = dict[str, Tensor]
 Function = Callable[[Any], Tensor]
 
 
@@ -45,12 +46,12 @@ def gauss_newton(output: Function, loss: Function, at: Any, directions: Any, pla
 
 
 def program(problem: Problem) -> Callable[..., Plane]:
-    """(parameters, directions, x, y) -> (value, slopes, plane)."""
+    """(parameters, directions, x, y, buffers) -> (value, slopes, plane)."""
     plane = single if problem.directions == 1 else square
 
-    def evaluate(parameters: dict[str, Tensor], directions: dict[str, Tensor], x: Tensor, y: Tensor) -> Plane:
-        def output(p: dict[str, Tensor]) -> Tensor:
-            return functional_call(problem.module, p, (x,))
+    def evaluate(parameters: Tensors, directions: Tensors, x: Tensor, y: Tensor, buffers: Tensors) -> Plane:
+        def output(p: Tensors) -> Tensor:
+            return functional_call(problem.module, {**p, **buffers}, (x,))
 
         if problem.curvature == "ggn":
             return gauss_newton(output, lambda z: cross_entropy(z, y), parameters, directions, plane)
@@ -59,8 +60,12 @@ def program(problem: Problem) -> Callable[..., Plane]:
     return evaluate
 
 
+def arguments_of(problem: Problem) -> tuple[Any, ...]:
+    return problem.parameters, problem.tangents, problem.x, problem.y, dict(problem.module.named_buffers())
+
+
 def _run(problem: Problem, function: Callable[..., Plane]) -> Local:
-    arguments = (problem.parameters, problem.tangents, problem.x, problem.y)
+    arguments = arguments_of(problem)
 
     def evaluate() -> Plane:
         with torch.no_grad():
@@ -82,9 +87,8 @@ def compiled(problem: Problem, options: Options) -> Local:
 
 def traced(problem: Problem, options: Options) -> Local:
     """The operators that the transforms run, in one graph without zero tensors, compiled."""
-    arguments = (problem.parameters, problem.tangents, problem.x, problem.y)
     with torch.no_grad():
-        graph = without_zero_tensors(make_fx(program(problem), tracing_mode="fake")(*arguments))
+        graph = without_zero_tensors(make_fx(program(problem))(*arguments_of(problem)))
     return _run(problem, options.compile(graph))
 
 
@@ -118,7 +122,7 @@ def laplacian_hessian(model: nn.Module, x: Tensor, options: Options) -> Local:
 
 def _laplacian(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, units: Tensor, options: Options) -> Local:
     with torch.no_grad():
-        graph = without_zero_tensors(make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(x, units))
+        graph = without_zero_tensors(make_fx(function)(x, units))
     run = options.compile(graph)
 
     def evaluate() -> Tensor:
