@@ -1,4 +1,4 @@
-"""The pipeline: normalize -> expand -> simplify -> eliminate, verified after each pass, every stage kept."""
+"""The pipeline: normalize, expand, simplify, cse, layouts, eliminate; verified after each pass, every stage kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fomoh_fx.passes.activity import analyse, ancestors
 from fomoh_fx.passes.cse import merge_common_subexpressions
 from fomoh_fx.passes.eliminate import eliminate
 from fomoh_fx.passes.expand import Layout, Scope, expand
-from fomoh_fx.passes.layouts import refuse_sparse
+from fomoh_fx.passes.layouts import refuse_sparse, views_as_reshapes
 from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
 from fomoh_fx.passes.simplify import simplify
 from fomoh_fx.passes.verify import verify
@@ -22,6 +22,7 @@ from fomoh_fx.passes.verify import verify
 REWRITES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
     "simplify": simplify,
     "cse": merge_common_subexpressions,
+    "layouts": views_as_reshapes,
     "eliminate": eliminate,
 }
 

@@ -81,3 +81,16 @@ def test_channels_last():
     model = model.to(memory_format=torch.channels_last)
     out = fomoh_fx.transform(model)(x.to(memory_format=torch.channels_last), tangents=tangents)
     torch.testing.assert_close(out.cross, expected.cross)
+
+
+def test_a_kernel_whose_layout_is_not_the_traced_one():
+    """Indexing gives its result the layout of the index, which PyTorch's fake tensors do not."""
+    index = torch.arange(6).reshape(3, 2).t()
+
+    def flattened(x):
+        return x.exp()[index].unsqueeze(0).reshape(1, 6).square().flip(1).sum()
+
+    x = torch.rand(6, dtype=torch.float64)
+    out = fomoh_fx.transform(flattened, wrt="inputs")(x, tangents=(torch.ones(1, 6, dtype=torch.float64),))
+    torch.testing.assert_close(out.tangent[0], 2 * (2 * x).exp().sum())
+    torch.testing.assert_close(out.cross[0], 4 * (2 * x).exp().sum())
