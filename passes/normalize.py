@@ -2,7 +2,8 @@
 
 Contract: a functional ATen graph in, a functional ATen graph out with the same inputs and outputs. Composites on an
 active path are replaced by their bodies, operators without a rule by PyTorch's own decompositions where those exist.
-Views become reshapes, for a body may return another memory layout than its operator. Identities (alias) and
+Views become reshapes, for a body may return another memory layout than its operator; random numbers are drawn in the
+captured layout, in which the model draws them. Identities (alias) and
 assertions on shapes and dtypes are dropped. Inactive operators stay whole: nobody differentiates them. The body of
 an active higher-order operator is normalised as if all of its inputs were active.
 """
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 from fomoh_fx.errors import FomohError, UnsupportedOpError
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.activity import analyse, carries_derivative
+from fomoh_fx.passes.dataflow import draws
 from fomoh_fx.passes.label import label_rest
 from fomoh_fx.passes.retrace import in_body, is_composite_implicit, last_node, recorded_nodes, retrace
 from fomoh_fx.rules.registry import COMPOSITES, RULES, spelled
@@ -82,6 +84,8 @@ class _Normalizer(fx.Interpreter):
                 return target(*args)
         if target is aten._efficientzerotensor.default:  # forward mode inside a model; Inductor cannot read it
             return aten.zeros.default(*args, **kwargs)
+        if draws(target):
+            args = self._in_captured_layout(args)
         if target in RULES or (self.table.active and target in self.table):
             args = pytree.tree_map_only(fx.GraphModule, self._in_body, args)
         if self.table.active and target in self.table:
@@ -89,6 +93,18 @@ class _Normalizer(fx.Interpreter):
         if self.table.active and is_composite_implicit(target):
             return target.decompose(*args, **kwargs)
         return target(*args, **kwargs)
+
+    def _in_captured_layout(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments with the first one laid out as at capture: PyTorch draws in the order of its memory."""
+        captured = self.current.args[0] if self.current is not None and args else None
+        if not isinstance(captured, fx.Node) or not isinstance(args[0], Tensor):
+            return args
+        x, stride = args[0], captured.meta["val"].stride()
+        if x.stride() == stride or not all(isinstance(n, int) for n in (*x.shape, *x.stride(), *stride)):
+            return args
+        order = sorted(range(x.ndim), key=lambda d: stride[d], reverse=True)
+        stored = x.permute(order).clone(memory_format=torch.contiguous_format)
+        return (stored.permute([order.index(d) for d in range(x.ndim)]), *args[1:])
 
     def _in_body(self, body: fx.GraphModule) -> Callable[..., Any]:
         """A body of the current operator, to be normalised when the operator or its own body runs it."""

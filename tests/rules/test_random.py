@@ -148,3 +148,17 @@ def test_dropout_in_a_model_draws_anew_at_every_call():
     first, second = hd(x, tangents=(v,)), hd(x, tangents=(v,))
     torch.testing.assert_close(first.tangent[0], 2 * first.primal)
     assert not torch.equal(first.primal, second.primal)
+
+
+def test_numbers_are_drawn_in_the_order_of_the_model_s_own_layout():
+    """PyTorch fills the mask in the order of its argument's memory, which a norm's body lays out in another way."""
+    x = torch.randn(2, 3, 4, dtype=torch.float64).transpose(1, 2)
+
+    def model(x):
+        return torch.nn.functional.dropout(torch.nn.functional.layer_norm(x, (3,)), 0.5)
+
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    out = fomoh_fx.transform(model, wrt="inputs")(x, tangents=(torch.ones(1, 2, 4, 3, dtype=torch.float64),))
+    torch.testing.assert_close(out.primal, expected)
