@@ -143,19 +143,19 @@ def _bmm(op: Any, components: Components, x: Any, w: Any) -> HyperDual:
 
 
 def _linear(op: Any, components: Components, x: Any, w: Any, b: Any = None) -> HyperDual:
-    """y = x w^T + b with x [.., D], w [M, D], b [M]."""
+    """y = x w^T + b with x [.., D], w [M, D], b [M]; or w [D] without M in y."""
     plain = primals((x, w, b), {})[0]
     y = op(*plain)
-    rows = plain[0].shape[:-1]
+
+    def columns(w: Tensor) -> Tensor:
+        return (w if w.ndim == 3 else w.unsqueeze(1)).transpose(1, 2)
 
     def right(x: Tensor, w: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        return aten.matmul(flat, w.transpose(1, 2)).reshape(w.shape[0], *rows, w.shape[1])
+        return aten.matmul(x.reshape(-1, x.shape[-1]), columns(w)).reshape(w.shape[0], *y.shape)
 
     def pairs(components: Components, x: Tensor, w: Tensor) -> Tensor:
-        flat = x.reshape(x.shape[0], -1, x.shape[-1])
-        product = _mm_pairs(components, flat, w.transpose(1, 2))
-        return product.reshape(product.shape[0], *rows, w.shape[1])
+        product = _mm_pairs(components, x.reshape(x.shape[0], -1, x.shape[-1]), columns(w))
+        return product.reshape(product.shape[0], *y.shape)
 
     result = expand(Forms(left=aten.linear.default, right=right, pairs=pairs), components, y, x, w)
     if isinstance(b, HyperDual):

@@ -25,6 +25,8 @@ SAMPLES = {
         Sample((r(4), r(2, 4), r(2)), name="vector"),
         Sample((r(3, 4), r(2, 4), r(2)), active=[1, 2], name="first layer"),
         Sample((r(3, 4), r(2, 4), r(2)), active=[2], name="bias"),
+        Sample((r(2, 3, 4), r(4), torch.randn((), dtype=torch.float64)), name="one output"),
+        Sample((r(4), r(4), None), name="one output of a vector"),
     ],
     aten.convolution.default: [
         Sample((r(2, 4, 5, 5), r(6, 4, 3, 3), r(6), [1, 1], [0, 0], [1, 1], False, [0, 0], 1)),
