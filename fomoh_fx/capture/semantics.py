@@ -11,9 +11,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._dynamo import _trace_wrapped_higher_order_op as scalar_indexing
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
@@ -23,6 +25,7 @@ from torch.utils import _pytree as pytree
 from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.untraceable import traceable
 from fomoh_fx.custom_functions import FunctionCall, Template, apply_of_library, functions_called, of_library
+from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.functional_forms import apart, changed_arguments, changes_arguments, functional_form, named
 from fomoh_fx.triton_kernels import LAUNCH, launch
 
@@ -37,6 +40,19 @@ def _record_function(function: type[torch.autograd.Function], *args: Any, **kwar
         return apply_of_library(function, *args)
     template, tensors = Template.of(args)
     return FunctionCall(function, template).results_of(tensors)
+
+
+_UNDER_TRANSFORMS = torch.autograd.function.custom_function_call
+
+
+def _call_under_transforms(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+    batched = any(torch._C._functorch.is_batchedtensor(t) for t in Template.of(args)[1])
+    if batched and function.generate_vmap_rule:
+        raise UnsupportedOpError(
+            f"the custom autograd Function {function.__name__} is called under torch.vmap, where its calls cannot be "
+            "recorded: call it on the whole batch, or write its value with torch functions"
+        )
+    return _UNDER_TRANSFORMS(function, *args, **kwargs)
 
 
 _STOPS = {torch.Tensor.detach, torch.detach}
@@ -81,6 +97,11 @@ class ReverseModeSemantics(TorchFunctionMode):
     def __enter__(self) -> ReverseModeSemantics:
         self._patches.enter_context(functions_called(_record_function))
         self._patches.enter_context(higher_order_operators())
+        # PyTorch's own Function for x[i] under vmap, as masks of attention are made: an index, and its derivative
+        self._patches.enter_context(patch.object(scalar_indexing, "mod_index", scalar_indexing.ModIndex.forward))
+        self._patches.enter_context(
+            patch.object(torch.autograd.function, "custom_function_call", _call_under_transforms)
+        )
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:

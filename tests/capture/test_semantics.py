@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.autograd.function import once_differentiable
 
 import fomoh_fx
+from fomoh_fx.errors import UnsupportedOpError
 from tests.oracle import relative_error, reverse_over_reverse
 
 
@@ -97,6 +99,37 @@ def test_several_outputs(x):
         return (a * b * positive).sum(1)
 
     assert_like_reverse_mode(f, x)
+
+
+def test_indexing_by_scalars_under_vmap_is_no_custom_function(x):
+    """As masks of attention are made: PyTorch does it by a Function of its own."""
+
+    def products(x):
+        rows, columns = torch.arange(4), torch.arange(5)
+        with TransformGetItemToIndex():
+            return torch.vmap(lambda i: torch.vmap(lambda j: x[i, j] * x[0, j])(columns))(rows).square().sum()
+
+    assert_like_reverse_mode(products, x, reference=lambda x: (x * x[0]).square().sum())
+
+
+def test_a_function_under_vmap_is_refused(x):
+    class Squared(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x**2
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, g):
+            return 3 * g * ctx.saved_tensors[0]
+
+    with pytest.raises(UnsupportedOpError, match="Squared is called under torch.vmap"):
+        fomoh_fx.transform(lambda x: torch.vmap(Squared.apply)(x).sum(), wrt="inputs")(x, tangents=(x[None],))
 
 
 def test_checkpoint_changes_memory_not_derivatives(x):
