@@ -119,6 +119,13 @@ def waveform() -> dict[str, Any]:
     return {"input_values": torch.randn(BATCH, 200, dtype=torch.float64)}
 
 
+def text_around_an_image() -> dict[str, Any]:
+    ids = torch.randint(3, 40, (BATCH, 8))
+    is_image = torch.zeros_like(ids)
+    ids[:, 1:5], is_image[:, 1:5] = 47, 1
+    return {"input_ids": ids, "token_type_ids": is_image, "use_cache": False, **pixels(8)()}
+
+
 EAGER = {"_attn_implementation": "eager"}
 GPT2 = {
     "vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1,
@@ -168,6 +175,22 @@ DETR = {
     "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_queries": 3,
     "backbone_config": {"model_type": "resnet", **RESNET, "out_features": ["stage2"]},
 }  # fmt: skip
+PVT = {
+    "image_size": 16, "num_encoder_blocks": 2, "depths": [1, 2], "sequence_reduction_ratios": [2, 1],
+    "hidden_sizes": [8, 16], "patch_sizes": [4, 2], "strides": [4, 2], "num_attention_heads": [1, 2],
+    "mlp_ratios": [2, 2], "hidden_dropout_prob": 0.1, "num_labels": 5,
+}  # fmt: skip
+GEMMA3 = {
+    "text_config": {
+        **GROUPED, "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "vision_config": {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+        "patch_size": 4,
+    },
+    "mm_tokens_per_image": 4, "image_token_index": 47, "boi_token_index": 45, "eoi_token_index": 46,
+}  # fmt: skip
 MIXTRAL = {**GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2}
 
 OTHERS = {
@@ -203,6 +226,12 @@ OTHERS = {
         "Wav2Vec2Model", "Wav2Vec2Config", WAV2VEC2, waveform, truth="difference"
     ),
     "mobilevit": Case("MobileViTForImageClassification", "MobileViTConfig", MOBILEVIT, pixels(32), train=True),
+    "pvt": Case(  # dropout of values that are not contiguous
+        "PvtForImageClassification", "PvtConfig", PVT, pixels(16), train=True
+    ),
+    "gemma3": Case(  # its mask is made by indexing under vmap
+        "Gemma3ForConditionalGeneration", "Gemma3Config", GEMMA3, text_around_an_image
+    ),
     "detr": Case("DetrForObjectDetection", "DetrConfig", DETR, pixels(16)),
 }  # fmt: skip
 CASES = {**REQUIRED, **OTHERS}
