@@ -36,7 +36,7 @@ def refuse_drawn(capture: Callable[[], Program]) -> Program:
     for end in _ENDS:
         with _draws_at(end):
             again = capture()
-        if not _same(program, again):
+        if not same_graph(program, again):
             raise CaptureError(
                 "model: draws from Python's or NumPy's random numbers while it runs, and computes with them, so the "
                 "graph would have the numbers of its first call for ever. Draw with torch, or pass them as arguments"
@@ -71,7 +71,8 @@ def _draws_at(end: float) -> Iterator[None]:
         yield
 
 
-def _same(one: Program, other: Program) -> bool:
+def same_graph(one: Program, other: Program) -> bool:
+    """Whether two captures are of the same operations on the same constants."""
     ours, theirs = (
         [what.tensor for what in p.inputs if what.tensor is not None] + list(p.module.buffers()) for p in (one, other)
     )

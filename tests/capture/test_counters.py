@@ -1,0 +1,51 @@
+"""Models that count their calls in an attribute: refused where the result depends on the number."""
+
+import pytest
+import torch
+from torch import nn
+
+import fomoh_fx
+from fomoh_fx.errors import CaptureError
+
+
+class Counts(nn.Linear):
+    def __init__(self, used):
+        super().__init__(3, 3)
+        self.calls, self.used = 0, used
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (self.calls if self.used else 2)
+
+
+class Caches(nn.Linear):
+    """Notes the largest length that it has seen."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.length, self.table = 0, torch.zeros(0)
+
+    def forward(self, x):
+        if x.shape[0] > self.length:
+            self.length = x.shape[0]
+        return super().forward(x) * torch.arange(self.length).unsqueeze(1)
+
+
+def call(model):
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    hd = fomoh_fx.transform(model)
+    out = hd(x, tangents={"bias": torch.ones(1, 3)})
+    return out, x
+
+
+def test_a_count_that_the_result_depends_on_is_refused():
+    model = Counts(used=True)
+    with pytest.raises(CaptureError, match="changes the number Counts.calls at every call"):
+        call(model)
+    assert model.calls == 0
+
+
+@pytest.mark.parametrize("model", [Counts(used=False), Caches()], ids=["count", "cache"])
+def test_a_number_that_does_not_matter_is_captured(model):
+    out, x = call(model)
+    torch.testing.assert_close(out.primal, model(x).detach())
