@@ -50,10 +50,16 @@ _PLAIN = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
 
 def settings_of(module: nn.Module) -> tuple[Any, ...]:
     """What makes every submodule compute what it does, beside its state: class, hooks, plain attributes."""
-    return tuple(
-        (type(m), *_hooks(m), *((name, type(value), value) for name, value in vars(m).items() if type(value) in _PLAIN))
-        for m in module.modules()
-    )
+    return tuple((type(m), *_hooks(m), *_attributes(m)) for m in module.modules())
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """Plain values, and the kinds of tensors: a model may ask whether it has one already, and of which shape."""
+    for name, value in vars(module).items():
+        if type(value) in _PLAIN:
+            yield name, type(value), value
+        elif isinstance(value, Tensor):
+            yield name, value.shape, value.dtype
 
 
 def _hooks(module: nn.Module) -> Iterator[tuple[int, ...]]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Program
+from fomoh_fx.capture.assignments import COMPUTED_FROM
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.passes.pipeline import Compiled
 from fomoh_fx.passes.retrace import without_autocast
@@ -113,6 +114,8 @@ class Specialization:
             traced = node.meta["val"]
             if what.kind != "argument":
                 now = what.value(())
+                if not isinstance(now, Tensor) or now in COMPUTED_FROM:
+                    return False
                 if (now.shape, now.dtype, now.device) != (traced.shape, traced.dtype, traced.device):
                     return False
         return True
@@ -125,14 +128,14 @@ class Specialization:
             return self.result(flat, tensors)
 
     def result(self, flat: Sequence[Any], tensors: Sequence[Tensor]) -> HyperDual:
-        """Write back what the model changes in place, and give the outputs the result's own structure."""
+        """Change what the model changes, in itself and its arguments; give the outputs the result's own structure."""
         duals = self.compiled.layout.unpack(flat)
         values: list[HyperDual] = []
         for what, dual in zip(self.program.outputs, duals, strict=True):
             if what.changes is None:
                 values.append(dual)
             else:
-                what.changes.value(tensors).copy_(dual.primal)
+                what.apply(dual.primal, tensors)
         rebuild = self.program.structure.rebuild
         primal = rebuild([v.primal for v in values])
         asked = values[:1] if self.with_loss else values

@@ -26,12 +26,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fomoh_fx.capture.assignments import COMPUTED_FROM, remembered
 from fomoh_fx.capture.constants import whole_numbers
-from fomoh_fx.capture.counters import refuse_counted
 from fomoh_fx.capture.dimensions import marks_kept, refusals
 from fomoh_fx.capture.draws import refuse_drawn
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
+from fomoh_fx.passes.activity import analyse, carries_derivative
 from fomoh_fx.passes.provenance import source_line
 from fomoh_fx.rules.other_libraries import register_present
 from fomoh_fx.rules.registry import COMPOSITES, RULES
@@ -53,8 +54,7 @@ def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dy
         CaptureError: no frontend could record one graph that holds for every input of this signature.
     """
     register_present()
-    run = partial(_capture, model, loss, call, argument_names, dynamic_shapes)
-    return refuse_counted(partial(refuse_drawn, run))
+    return refuse_drawn(partial(_capture, model, loss, call, argument_names, dynamic_shapes))
 
 
 def _capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dynamic_shapes: Any) -> Program:
@@ -109,13 +109,11 @@ def _refuse_remembered(root: Root, tensors: Sequence[Tensor]) -> None:
     """A tensor that was computed from a parameter before this call has a derivative that no graph of this call has."""
     names = {id(p): name for name, p in root.model.named_parameters()} if isinstance(root.model, nn.Module) else {}
     for tensor in tensors:
+        if (source := COMPUTED_FROM.get(tensor)) is not None:
+            raise remembered(f"a tensor of shape {tuple(tensor.shape)}", source)
         for leaf in _leaves_behind(tensor):
             if id(leaf) in names:
-                raise CaptureError(
-                    f"model: uses a tensor of shape {tuple(tensor.shape)} that an earlier call computed from the "
-                    f"parameter {names[id(leaf)]!r} and kept outside its parameters and buffers, so its derivative "
-                    "would be lost. Compute it anew at every call, or detach it before it is kept"
-                )
+                raise remembered(f"a tensor of shape {tuple(tensor.shape)}", names[id(leaf)])
 
 
 def _leaves_behind(tensor: Tensor) -> list[Tensor]:
@@ -161,9 +159,32 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         program.constants = [(_state(root, f"model.{name}"), value) for name, value in root.constants.items()]
         _share_tied(program)
         _name_inputs(program)
+        _note_assignments(program, root)
         return program
     kind, lines = (_DecidedByData, [*refused, _ADVICE]) if decided_by_data else (CaptureError, refused)
     return kind("\n  ".join(["model: no frontend could capture it as one graph", *lines]))
+
+
+def _note_assignments(program: Program, root: Root) -> None:
+    """The last outputs are what the model assigns. No value that an earlier call computed from a parameter is used."""
+    parameters = {
+        node: what.name
+        for node, what in zip(program.placeholders, program.inputs, strict=True)
+        if what.kind == "parameter" and carries_derivative(node)
+    }
+    used = [what for node, what in zip(program.placeholders, program.inputs, strict=True) if node.users]
+    first = len(program.outputs) - len(root.observed.assigned)
+    for i, (path, attribute) in enumerate(root.observed.assigned, first):
+        result, module = program.results[i], root.get_submodule(path)
+        active = analyse(program.module.graph, parameters, [result]).active
+        source = next((name for node, name in parameters.items() if node in active), None)
+        name = f"{path}.{attribute}".removeprefix("model.")
+        if source and any(what.module is module and what.attribute == attribute for what in used):
+            raise remembered(f"its attribute {name}", source)
+        program.outputs[i] = Output("assignment", Input("buffer", name, module=module, attribute=attribute), source)
+    for what in used:
+        if what.module is not None and (source := COMPUTED_FROM.get(what.value(()))) is not None:
+            raise remembered(f"its attribute {what.attribute}", source)
 
 
 class _DecidedByData(CaptureError):
@@ -335,7 +356,12 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
 def _state(root: Root, target: str) -> Input:
     """The parameter or buffer that the root calls ``target``: the model's own name for ``model.name``."""
     if target.startswith("foreign_"):
-        return Input("constant", target, tensor=root.get_buffer(target))
+        tensor = root.foreign[int(target.removeprefix("foreign_"))]
+        for owner in root.modules():
+            for attribute, value in vars(owner).items():
+                if value is tensor:
+                    return Input("constant", target, module=owner, attribute=attribute)
+        return Input("constant", target, tensor=tensor)
     parent, _, attribute = target.rpartition(".")
     module = root.get_submodule(parent)
     is_parameter = isinstance(getattr(module, attribute), nn.Parameter)

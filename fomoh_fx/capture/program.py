@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fomoh_fx.capture.assignments import COMPUTED_FROM, Assignments
 from fomoh_fx.capture.constants import AsConstants
 from fomoh_fx.capture.conversions import conversions_checked
 from fomoh_fx.capture.finite import AssumeFinite
@@ -28,8 +29,8 @@ class Input:
 
     ``name`` is the model's own name of a parameter or buffer (``loss.`` before those of a loss that is a module,
     ``outside.`` of a module that a function only refers to), or the argument's readable name; ``module`` and
-    ``attribute`` say where a parameter or buffer lives; ``index`` numbers the tensor leaves of the call; ``tensor``
-    is a captured constant.
+    ``attribute`` say where a parameter, a buffer or a constant lives; ``index`` numbers the tensor leaves of the call;
+    ``tensor`` is a captured constant that is no attribute of a module.
     """
 
     kind: Literal["parameter", "buffer", "argument", "constant"]
@@ -50,10 +51,26 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """One output of the graph: a leaf of the result, or the new value of an input that the model changes in place."""
+    """One output of the graph: a leaf of the result, or a new value of ``changes``.
 
-    kind: Literal["value", "change"]
+    A ``"change"`` is made in place; in an ``"assignment"`` a module's attribute becomes another tensor.
+    ``computed_from`` names a parameter in which that has a derivative.
+    """
+
+    kind: Literal["value", "change", "assignment"]
     changes: Input | None = None
+    computed_from: str | None = None
+
+    def apply(self, value: Tensor, arguments: Sequence[Tensor]) -> None:
+        """Change what the model changes; the value is a copy's source, for it may be any output or input."""
+        assert self.changes is not None
+        if self.kind == "change":
+            self.changes.value(arguments).copy_(value)
+            return
+        value = value.clone()
+        setattr(self.changes.module, self.changes.attribute, value)
+        if self.computed_from is not None:
+            COMPUTED_FROM[value] = self.computed_from
 
 
 @dataclass
@@ -104,6 +121,7 @@ class Observed:
     constants: AsConstants | None = None
     before: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what the run changes in place, and copies
     outside: list[weakref.ref[nn.Module]] = field(default_factory=list)  # modules called that are not the root's own
+    assigned: list[tuple[str, str]] = field(default_factory=list)  # modules' paths and attributes: the last outputs
 
 
 class Root(nn.Module):
@@ -132,10 +150,11 @@ class Root(nn.Module):
         known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
         self.observed.semantics = ReverseModeSemantics(known, self.observed.before)
         self.observed.constants = AsConstants(self.model, self.constants)
+        assignments = Assignments(self)
         with ExitStack() as stack:
             for context in (
-                self.observed.semantics, RecordSourceLines(), AssumeFinite(), self.observed.constants,
-                self._observe_modules(), conversions_checked(self), gradient_hooks_checked(),
+                self.observed.semantics, RecordSourceLines(), AssumeFinite(), assignments, self.observed.constants,
+                self._observe_modules(assignments), conversions_checked(self), gradient_hooks_checked(),
             ):  # fmt: skip
                 stack.enter_context(context)
             output = self.model(*args, **kwargs)
@@ -157,10 +176,15 @@ class Root(nn.Module):
             raise ArgumentError(
                 f"model: returns no floating-point tensor, so it has no derivative (it returned {result!r})"
             )
-        return found
+        own = self.observed.semantics.own
+        new = {place: own(value) for place, value in assignments.values.items()}
+        kept = {place: getattr(self.get_submodule(place[0]), place[1], None) for place in new}
+        new = {place: value for place, value in new.items() if not _is_same(value, kept[place], known)}
+        self.observed.assigned = list(new)
+        return [*map(own, found), *new.values()]
 
     @contextmanager
-    def _observe_modules(self) -> Iterator[None]:
+    def _observe_modules(self, assignments: Assignments) -> Iterator[None]:
         """Note modules that run without being part of this one: a function refers to them, or the model hides them."""
         self.observed.outside.clear()
         known = {id(vars(m)) for m in self.modules()}  # a tracer wraps modules in others that share their attributes
@@ -170,6 +194,8 @@ class Root(nn.Module):
             stateless_graph = isinstance(module, fx.GraphModule) and not module.state_dict()  # a branch being traced
             if id(vars(module)) not in known and not stateless_graph:
                 self.observed.outside.append(weakref.ref(module))
+                for part in module.modules():
+                    assignments.watch(part)
                 known.update(id(vars(m)) for m in module.modules())
 
         handle = nn.modules.module.register_module_forward_pre_hook(note)
@@ -177,6 +203,11 @@ class Root(nn.Module):
             yield
         finally:
             handle.remove()
+
+
+def _is_same(value: Tensor, before: Any, known: Mapping[int, Tensor]) -> bool:
+    """Whether an attribute has kept its tensor: after ``self.x += 1`` it is the one that stands for it here."""
+    return value is before or value is known.get(id(before))
 
 
 def _check_loss(value: Any) -> None:

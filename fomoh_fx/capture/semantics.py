@@ -113,7 +113,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         if func in _GRAD_MODE:
             with torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
-        args, kwargs = pytree.tree_map_only(Tensor, self._own, (args, kwargs), is_leaf=_is_size)
+        args, kwargs = pytree.tree_map_only(Tensor, self.own, (args, kwargs), is_leaf=_is_size)
         func = traceable(func, args)
         if func is LAUNCH:
             for target, value in launch(**kwargs):
@@ -141,7 +141,8 @@ class ReverseModeSemantics(TorchFunctionMode):
             return self._mutate_value(func, args, kwargs)
         return pytree.tree_map_only(Tensor, _stopped, func(*args, **kwargs))
 
-    def _own(self, tensor: Tensor) -> Tensor:
+    def own(self, tensor: Tensor) -> Tensor:
+        """What stands for the tensor in the run: another one for a foreign tensor that is known, itself otherwise."""
         if id(tensor) in self.known:
             return self.known[id(tensor)]
         if _is_real(tensor):

@@ -21,7 +21,7 @@ class Replay:
 
     def __init__(self, hd: HyperDualModule, batch: Batch, buffers: Buffers) -> None:
         self.hd, self.batch, self.random = hd, batch, RandomState(hd.module)
-        self.buffers = {id(buffer): kept for buffer, kept in buffers.kept}
+        self.buffers = {(id(module), name): kept for module, name, _, kept in buffers.kept}
 
     @property
     def is_alike(self) -> bool:
@@ -33,7 +33,8 @@ class Replay:
         """The loss by the captured graph, with the parameters of now and the buffers of then."""
         program = self.hd.latest.program
         tensors = Call(self.batch.args, self.batch.kwargs, self.batch.targets or ()).tensors
-        now = [what.value(tensors) for what in program.inputs]
+        kept = [self.buffers.get((id(what.module), what.attribute)) for what in program.inputs]
+        then = [what.value(tensors) if b is None else b for what, b in zip(program.inputs, kept, strict=True)]
         value = next(i for i, out in enumerate(program.outputs) if out.changes is None)
         with self.random.replayed(), without_autocast():
-            return program.module(*[self.buffers.get(id(t), t) for t in now])[value]
+            return program.module(*then)[value]

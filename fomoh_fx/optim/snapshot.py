@@ -10,14 +10,20 @@ from torch import Tensor, nn
 
 
 class Buffers:
-    """Copies of a module's buffers."""
+    """A module's buffers and copies of them: an evaluation changes one in place, or assigns another."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        copies = {id(buffer): buffer.clone() for buffer in module.buffers()}
+        places = [(m, name, b) for m in module.modules() for name, b in m.named_buffers(recurse=False)]
+        self.kept = [(m, name, b, copies[id(b)]) for m, name, b in places]
 
     def restore(self, unless: Tensor | None = None) -> None:
         """Put the buffers back, or leave them where ``unless``, a 0-dim bool, is True."""
-        for buffer, kept in self.kept:
+        for module, name, buffer, kept in self.kept:
+            if module._buffers[name] is not buffer:
+                if unless is None or not unless:
+                    module._buffers[name] = buffer
+                continue
             buffer.copy_(kept if unless is None else torch.where(unless.to(kept.device), buffer, kept))
 
 

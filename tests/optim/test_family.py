@@ -273,3 +273,25 @@ def test_targets_are_checked():
     hd, x, (y,) = classifier()
     with pytest.raises(ArgumentError, match="^targets: expected a tuple"):
         FGD(hd).step(x, targets=y)
+
+
+def test_a_nan_leaves_assigned_buffers_as_they_were():
+    class Averaging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+            self.register_buffer("mean", torch.zeros(1))
+
+        def forward(self, x):
+            y = self.layer(x)
+            self.mean = 0.5 * self.mean + y.detach().mean(0)
+            return (y - self.mean).square().sum()
+
+    model = Averaging()
+    optimizer = fomoh_fx.optim.FoMoH(fomoh_fx.transform(model), lr=0.1)
+    optimizer.step(torch.ones(3, 2))
+    before = model.mean.clone()
+    assert before != 0
+    with pytest.warns(UserWarning, match="skipped"):
+        optimizer.step(torch.full((3, 2), torch.nan))
+    assert optimizer.skipped == 1 and torch.equal(model.mean, before)
