@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomoh_fx.capture.assignments import COMPUTED_FROM, remembered
 from fomoh_fx.capture.constants import whole_numbers
+from fomoh_fx.capture.counters import refuse_counted
 from fomoh_fx.capture.dimensions import marks_kept, refusals
 from fomoh_fx.capture.draws import refuse_drawn
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
@@ -54,7 +55,8 @@ def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dy
         CaptureError: no frontend could record one graph that holds for every input of this signature.
     """
     register_present()
-    return refuse_drawn(partial(_capture, model, loss, call, argument_names, dynamic_shapes))
+    run = partial(_capture, model, loss, call, argument_names, dynamic_shapes)
+    return refuse_counted(partial(refuse_drawn, run))
 
 
 def _capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dynamic_shapes: Any) -> Program:
