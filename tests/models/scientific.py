@@ -489,3 +489,48 @@ def bayesian_linear_regression() -> Problem:
             return -marginal.log_prob(y) + torch.distributions.kl_divergence(prior, standard)
 
     return Problem(Model(), (r(4, 2), r(4)))
+
+
+@problem
+def kalman_filter() -> Problem:
+    class Model(nn.Module):
+        """The likelihood of a linear Gaussian state space, by filtering."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = nn.Parameter(torch.eye(2) + torch.randn(2, 2) / 10)
+            self.observe = nn.Parameter(torch.randn(1, 2))
+            self.log_noise = nn.Parameter(torch.zeros(3))
+
+        def forward(self, observed: Tensor) -> Tensor:
+            mean, covariance = torch.zeros(2, dtype=observed.dtype), torch.eye(2, dtype=observed.dtype)
+            moved, seen = self.log_noise[:2].exp().diag(), self.log_noise[2:].exp().diag()
+            total = torch.zeros((), dtype=observed.dtype)
+            for y in observed:
+                mean, covariance = self.step @ mean, self.step @ covariance @ self.step.T + moved
+                s, error = self.observe @ covariance @ self.observe.T + seen, y - self.observe @ mean
+                gain = torch.linalg.solve(s, self.observe @ covariance).T
+                total = total + (torch.logdet(s) + error @ torch.linalg.solve(s, error)) / 2
+                mean, covariance = mean + gain @ error, covariance - gain @ s @ gain.T
+            return total
+
+    return Problem(Model(), (r(3, 1),))
+
+
+@problem
+def first_order_meta_learning() -> Problem:
+    class Model(nn.Module):
+        """Inner gradient steps whose slopes are constants (without create_graph), as first-order MAML has them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(2, 1)), nn.Parameter(torch.randn(1))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            fast = [self.weight, self.bias]
+            for _ in range(2):
+                slopes = torch.autograd.grad(F.mse_loss((x @ fast[0] + fast[1]).tanh(), y), fast)
+                fast = [p - 0.1 * slope for p, slope in zip(fast, slopes, strict=True)]
+            return F.mse_loss((x @ fast[0] + fast[1]).tanh(), y)
+
+    return Problem(Model(), (r(4, 2), r(4, 1)))

@@ -422,3 +422,46 @@ def flexible_attention() -> Problem:
 
     # reverse mode does not serve it on a CPU
     return Problem(Model(), (r(2, 4, 8),), truth="difference", tolerance=1e-5)
+
+
+@problem
+def state_space_by_fourier_transform() -> Problem:
+    class Model(nn.Module):
+        """A diagonal complex state space (S4D): its kernel, then a causal convolution by FFT."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_decay, self.frequency = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(2, 3))
+            self.output, self.log_step = nn.Parameter(torch.randn(2, 3, 2)), nn.Parameter(torch.randn(2) / 10 - 2)
+
+        def forward(self, u: Tensor) -> Tensor:
+            length = u.shape[-1]
+            a = -self.log_decay.exp() + 1j * self.frequency
+            scaled = a * self.log_step.exp().unsqueeze(-1)
+            c = torch.view_as_complex(self.output) * (scaled.exp() - 1) / a
+            powers = (scaled.unsqueeze(-1) * torch.arange(length)).exp()
+            kernel = 2 * torch.einsum("hn,hnl->hl", c, powers).real
+            spectrum = torch.fft.rfft(kernel, n=2 * length) * torch.fft.rfft(u, n=2 * length)
+            return torch.fft.irfft(spectrum, n=2 * length)[..., :length]
+
+    return Problem(Model(), (r(2, 2, 6),))
+
+
+@problem
+def delta_rule_in_parallel() -> Problem:
+    class Model(nn.Module):
+        """Fast weights by the delta rule (DeltaNet), over all times at once by a triangular solve."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.project, self.rate = nn.Linear(3, 12), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.project(x).chunk(3, -1)
+            k, beta = F.normalize(k, dim=-1), self.rate(x).sigmoid()
+            eye = torch.eye(x.shape[1], dtype=x.dtype)
+            seen = (beta * (k @ k.mT)).tril(-1) + eye
+            written = torch.linalg.solve_triangular(seen, beta * v, upper=False)
+            return (q @ k.mT).tril() @ written
+
+    return Problem(Model(), (r(2, 4, 3),))
