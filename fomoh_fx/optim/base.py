@@ -26,6 +26,7 @@ from fomoh_fx.optim.replay import Replay
 from fomoh_fx.optim.samplers import Stacks
 from fomoh_fx.optim.skipped import SkippedSteps
 from fomoh_fx.optim.snapshot import Buffers
+from fomoh_fx.optim.update import Update
 from fomoh_fx.seeds import selected_parameters
 from fomoh_fx.transform import Curvature, HyperDualModule
 
@@ -77,6 +78,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self.directions = directions
         self.largest_rise = options.get("largest_rise", self.default_largest_rise)
         self.diagnostics = options.get("diagnostics", False)
+        self._update = Update(self.hd.lowering)
         self._skipped = SkippedSteps()
         self._refused = torch.zeros((), dtype=torch.int64)
         self._length = torch.ones((), dtype=torch.float64)
@@ -123,8 +125,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
         kappa = kappa * self._length  # of no dimensions, so it may lie on the CPU: nothing waits
         reference = loss if replay is None or replay.is_alike else replay.loss()
         before = [p.clone() for p in self._trained().values()] if self.largest_rise is not None else []
-        steps = {name: torch.tensordot(kappa.to(v), v, 1) for name, v in directions.items()}
-        moved, valid = self._move(steps, [loss, value.tangent, kappa, *([] if value.cross is None else [value.cross])])
+        needed = [loss, value.tangent, kappa, *([] if value.cross is None else [value.cross])]
+        moved, valid = self._move(directions, kappa, needed)
         buffers.restore(unless=valid)
         record = self._record(value, kappa, valid)
         if replay is not None:
@@ -212,24 +214,20 @@ class ForwardOptimizer(torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 yield group, name, p
 
-    def _move(self, steps: Stacks, needed: Sequence[Tensor]) -> tuple[Stacks, Tensor]:
-        """Apply the steps if they lead to finite parameters and all that is needed is finite, a 0-dim bool.
+    def _move(self, directions: Stacks, kappa: Tensor, needed: Sequence[Tensor]) -> tuple[Stacks, Tensor]:
+        """Step if it leads to finite parameters and all that is needed is finite, a 0-dim bool.
 
         The change of every parameter leaves weight decay out.
         """
-        moved, proposed = {}, {}
-        for group, name, p in self._members():
-            if name in steps:
-                kept = p * (1 - group["lr"] * group["weight_decay"]) if group["weight_decay"] else p
-                moved[name] = (steps[name] * group["lr"]).to(p.dtype)
-                proposed[name] = kept + moved[name]
-        valid = _all_finite([*needed, *proposed.values()])
-        for _, name, p in self._members():
-            if name in steps:
-                here = valid.to(p.device)
-                moved[name] = torch.where(here, moved[name], 0)
-                p.copy_(torch.where(here, proposed[name], p))
-        return moved, valid
+        members = [(group, name, p) for group, name, p in self._members() if name in directions]
+        rates = [torch.as_tensor(group["lr"], dtype=torch.float64) for group, _, _ in members]
+        decays = {
+            i: rates[i] * group["weight_decay"] for i, (group, _, _) in enumerate(members) if group["weight_decay"]
+        }
+        valid, *moved = self._update(
+            [p for *_, p in members], [directions[name] for _, name, _ in members], kappa, rates, decays, needed
+        )
+        return {name: change for (_, name, _), change in zip(members, moved, strict=True)}, valid
 
     def _groups(self, params: Iterable[Any] | None) -> list[dict[str, Any]]:
         chosen = list(self._selected().values() if params is None else params)
@@ -288,8 +286,3 @@ def at_least_zero(name: str, value: Any) -> None:
     """Raise an ArgumentError that begins with ``name`` unless the value is a finite number of at least zero."""
     if not isinstance(value, (int, float, Tensor)) or not 0 <= value < math.inf:
         raise ArgumentError(f"{name}: expected a finite number of at least 0, got {value!r}")
-
-
-def _all_finite(values: Sequence[Tensor]) -> Tensor:
-    """Whether every element is finite: a 0-dim tensor on the first one's device."""
-    return torch.stack([v.isfinite().all().to(values[0].device) for v in values]).all()
