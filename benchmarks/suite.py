@@ -30,6 +30,7 @@ PLANE: Contenders = {
     "gradient and HVP": backprop.gradient_and_product,
     "gradient, JAX": jax_peer.gradient,
     "products alone": bound.products,
+    "products alone, folded": bound.folded,
 }
 
 STEP: Contenders = {
