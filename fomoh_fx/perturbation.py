@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,18 @@ from fomoh_fx.passes import provenance
 from fomoh_fx.passes.activity import analyse
 from fomoh_fx.passes.cse import merge_common_subexpressions
 from fomoh_fx.passes.eliminate import eliminate
-from fomoh_fx.passes.guess import Feedback, Grouping, Perturbed, Plan, Values, groupings, guess, independent, values_of
+from fomoh_fx.passes.guess import (
+    Feedback,
+    Grouping,
+    Perturbed,
+    Plan,
+    Values,
+    groupings,
+    guess,
+    independent,
+    places_of,
+    values_of,
+)
 from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
 from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.passes.simplify import simplify
@@ -36,7 +47,8 @@ WIDEST_OUTPUT = 512
 class Fit:
     """What a step tells about a feedback matrix B: the regression of residuals on the output's gradient.
 
-    ``noise`` is the variance of one step's fit relative to the squared error of B that it corrects.
+    ``noise`` is the variance of a residual's element relative to the squared error of its sample's guess, which is
+    spread over all elements that were perturbed together.
     """
 
     cross: Tensor
@@ -46,11 +58,21 @@ class Fit:
 
 @dataclass(frozen=True)
 class Guess:
-    """The loss, the guessed gradient of every parameter by its name, and what fits each feedback matrix."""
+    """The loss, the guessed gradient of every parameter by its name, and what fits each feedback matrix.
+
+    ``far`` are the parts of gradients that go through other places of a sample, noisier ones; the whole gradient is the
+    sum of ``gradients`` and these.
+    """
 
     loss: Tensor
     gradients: dict[str, Tensor]
     fits: dict[str, Fit]
+    far: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """The gradients with their far parts: without bias."""
+        return {name: g + self.far[name] if name in self.far else g for name, g in self.gradients.items()}
 
 
 @dataclass
@@ -58,6 +80,7 @@ class _Specialization:
     program: Program
     plan: Plan
     names: list[str]
+    far: list[str]
     graph: fx.GraphModule
     run: Callable[..., Any]
 
@@ -112,9 +135,10 @@ class ActivityGradient:
         with torch.no_grad(), without_autocast():
             loss, *rest = found.run(*inputs, *drawn, *matrices)
         gradients = dict(zip(found.names, rest, strict=False))
-        pairs = rest[len(gradients) :]
+        far = dict(zip(found.far, rest[len(gradients) :], strict=False))
+        pairs = rest[len(gradients) + len(far) :]
         fits = {p.point.node.name: Fit(pairs[2 * i], pairs[2 * i + 1], _noise(p)) for i, p in enumerate(found.plan.fed)}
-        return Guess(loss, gradients, fits)
+        return Guess(loss, gradients, fits, far)
 
     @property
     def latest(self) -> fx.GraphModule:
@@ -149,8 +173,8 @@ class ActivityGradient:
             graph = rewrite(graph)
             verify(graph, "guess")
         positions = {n: i for i, n in enumerate(inputs_of(module))}
-        names = [program.inputs[positions[n]].name for n in plan.parameters]
-        return _Specialization(program, plan, names, graph, self.hd.lowering(graph, False))
+        names, far = ([program.inputs[positions[n]].name for n in nodes] for nodes in (plan.parameters, plan.far))
+        return _Specialization(program, plan, names, far, graph, self.hd.lowering(graph, False))
 
     def _plan(
         self, module: fx.GraphModule, program: Program, values: Values, trained: Sequence[int], at: Sequence[int]
@@ -203,7 +227,8 @@ class ActivityGradient:
         feedback = _feedback(values[point.node].shape, values[output.point.node].shape) if output else None
         if not self.feedback or feedback is None or feedback.inner * feedback.outer > LARGEST_FEEDBACK:
             feedback = None
-        return Perturbed(point, grouping, self.perturbations, False, feedback)
+        places = None if interacting else places_of(module, values, losses, point.node, grouping)
+        return Perturbed(point, grouping, self.perturbations, False, feedback, places)
 
 
 def _grouping(module: fx.GraphModule, values: Values, losses: Sequence[fx.Node], node: fx.Node) -> Grouping | None:
@@ -237,9 +262,7 @@ def _feedback(shape: Sequence[int], output: Sequence[int]) -> Feedback | None:
 
 
 def _noise(p: Perturbed) -> float:
-    assert p.feedback is not None
-    dims = _numel(p.shape) / p.grouping.rows
-    return p.feedback.outer * dims / (p.directions * p.feedback.rows)
+    return _numel(p.shape) / (p.finest.rows * p.directions)
 
 
 def _numel(sizes: Sequence[int]) -> int:

@@ -16,9 +16,19 @@ has the same mean and a noise of |dL_n/ds_n - b_n| only. What the graph returns 
 (Lansdell, Prakash, Kording 2020, Learning to solve the credit assignment problem). From the point, delta is pulled back
 to the parameters by the transposes of single operators (:mod:`fomoh_fx.passes.sites`).
 
+Where a sample has a loss at each of its places (the characters of a text) and places act on each other, delta at place
+t is split, d_knt the tangent of the loss at t:
+
+    near_nt = mean_k d_knt u_knt             the place's effect on its own loss
+    far_nt  = mean_k sum_t' d_knt' u_knt     on the losses of all other places that it can act on, the later ones only
+                                             where the model is causal
+
+Their sum has the mean dL_n/ds_nt. The near part has the noise of one place, the far part that of all of them, so
+that they are returned apart. Only the near part is fitted by B.
+
 Contract: a normalised graph in; out comes a graph whose inputs are the primal inputs, then the perturbations of every
-random point, then its B, and whose outputs are the loss, one guess for each parameter, and for each point with a B the
-matrices that fit it.
+random point, then its B, and whose outputs are the loss, one guess for each parameter, the far parts of those that
+have one, and for each point with a B the matrices that fit it.
 """
 
 from __future__ import annotations
@@ -81,6 +91,22 @@ class Feedback:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Rows consist of ``count`` places with a loss each, and act on no earlier place's loss where ``causal``."""
+
+    fine: Grouping
+    count: int
+    causal: bool
+
+    def elsewhere(self, d: Tensor) -> Tensor:
+        """[K, rows of ``fine``]: for every place the sum over all others that it acts on."""
+        each = d.reshape(d.shape[0], -1, self.count)
+        square = torch.ones(self.count, self.count, dtype=d.dtype, device=d.device)
+        others = square.tril(-1) if self.causal else square - torch.eye(self.count, dtype=d.dtype, device=d.device)
+        return (each @ others).reshape(d.shape)
+
+
+@dataclass(frozen=True)
 class Perturbed:
     """A point, the samples in it, K perturbations, and the feedback from the output that its guess starts from.
 
@@ -92,6 +118,12 @@ class Perturbed:
     directions: int
     exact: bool
     feedback: Feedback | None = None
+    places: Places | None = None
+
+    @property
+    def finest(self) -> Grouping:
+        """What has a loss of its own."""
+        return self.grouping if self.places is None else self.places.fine
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,6 +157,12 @@ class Plan:
     def fed(self) -> list[Perturbed]:
         """The points with feedback."""
         return [p for p in self.points if p.feedback]
+
+    @property
+    def far(self) -> list[fx.Node]:
+        """The parameters whose guesses have a far part."""
+        reached = {n for p in self.points if p.places for n in p.point.parameters}
+        return [n for n in self.parameters if n in reached]
 
 
 class Tail(Expander):
@@ -212,6 +250,31 @@ def independent(module: fx.GraphModule, values: Values, losses: Sequence[fx.Node
     return all(t is None or bool(t.reshape(g.rows, -1)[~odd].isfinite().all()) for t in tangents)
 
 
+def places_of(
+    module: fx.GraphModule, values: Values, losses: Sequence[fx.Node], node: fx.Node, g: Grouping
+) -> Places | None:
+    """The places of rows, the next axis of the value, where every place has loss terms of its own."""
+    shape, axis = values[node].shape, len(g.axes)
+    if g.axes != tuple(range(axis)) or axis + 1 >= len(shape) or shape[axis] == 1:
+        return None
+    fine = Grouping((*g.axes, axis), g.rows * shape[axis])
+    if any(values[n].numel() % fine.rows for n in losses):
+        return None
+    count = shape[axis]
+    size = values[node].numel()
+    irregular = torch.arange(1, size + 1, device=values[node].device).double().square().sin().to(values[node].dtype)
+
+    def reaches_back(first: int) -> bool:
+        """Whether places from this one on act on the loss of any before it. (NaN times a weight of zero would.)"""
+        late = torch.arange(count, device=irregular.device) >= first
+        mark = late.to(irregular.dtype).repeat(g.rows).unsqueeze(0)
+        stack = fine.spread(mark, shape) * irregular.reshape(1, *shape)
+        tangents = Tail(module, values, node, losses, 1).tangents(stack)
+        return any(t is not None and bool(t.reshape(g.rows, count, -1)[:, :first].any()) for t in tangents)
+
+    return Places(fine, count, not any(reaches_back(first) for first in sorted({1, count // 2, count - 1})))
+
+
 def unit_vectors(perturbed: Perturbed, like: Tensor) -> Tensor:
     """[K, *shape]: direction k is one at element k of every row."""
     kept = perturbed.grouping.axes
@@ -234,10 +297,10 @@ def guess(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         feedback = dict(zip([id(p) for p in plan.fed], rest[len(seeds) :], strict=True))
         values = values_of(module, primals)
         before = last_node()
-        gradients, fits = _gradients(module, plan, values, seeds, feedback)
+        gradients, far, fits = _gradients(module, plan, values, seeds, feedback)
         for node in recorded_nodes(before):
             node.meta.setdefault(provenance.KEY, provenance.Provenance(node.name, "tangent"))
-        return (values[plan.loss], *gradients, *fits)
+        return (values[plan.loss], *gradients, *far, *fits)
 
     graph = retrace(guessed, [*inputs, *drawn, *matrices])
     for node in graph.graph.nodes:
@@ -247,43 +310,64 @@ def guess(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 def _gradients(
     module: fx.GraphModule, plan: Plan, values: Values, seeds: Mapping[int, Tensor], feedback: Mapping[int, Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     output = None
     if plan.output is not None:
-        output = _delta(module, plan, plan.output, values, unit_vectors(plan.output, values[plan.output.point.node]))[0]
+        stack = unit_vectors(plan.output, values[plan.output.point.node])
+        output = _delta(module, plan, plan.output, values, stack).near
     gradients: dict[fx.Node, Tensor] = {}
+    far: dict[fx.Node, Tensor] = {}
     fits: list[Tensor] = []
     for p in plan.points:
         value = values[p.point.node]
         if id(p) in seeds:
             seeds = {**seeds, id(p): _carrying(p.point, seeds[id(p)], module, values)}
+        stack = unit_vectors(p, value) if p.exact else seeds[id(p)]
         if plan.output is not None and p.point.node is plan.output.point.node:
             assert output is not None
-            delta = output
+            delta = _Delta(output, output)
         elif p.feedback is None:
-            stack = seeds[id(p)] if not p.exact else unit_vectors(p, value)
-            delta = _delta(module, plan, p, values, stack)[0]
+            delta = _delta(module, plan, p, values, stack)
         else:
             assert output is not None
             z = output.reshape(p.feedback.rows, p.feedback.outer)
             base = aten.mm(z, feedback[id(p)].t()).reshape(p.shape)
-            delta, residual = _delta(module, plan, p, values, seeds[id(p)], base)
-            fits += _fit(z, residual.reshape(p.feedback.rows, p.feedback.inner))
-        for parameter, part in pulled_back(p.point, delta, module, values).items():
-            gradients[parameter] = part if parameter not in gradients else gradients[parameter] + part
-    return [gradients[n] for n in plan.parameters], fits
+            delta = _delta(module, plan, p, values, stack, base)
+            fits += _fit(z, delta.residual.reshape(p.feedback.rows, p.feedback.inner))
+        _collect(gradients, pulled_back(p.point, delta.near, module, values))
+        if delta.far is not None:
+            _collect(far, pulled_back(p.point, delta.far, module, values))
+    return [gradients[n] for n in plan.parameters], [far[n] for n in plan.far], fits
+
+
+def _collect(total: dict[fx.Node, Tensor], parts: Mapping[fx.Node, Tensor]) -> None:
+    for parameter, part in parts.items():
+        total[parameter] = part if parameter not in total else total[parameter] + part
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """The guess of dL/ds, the part of it that the base does not explain, and the part through other places."""
+
+    near: Tensor
+    residual: Tensor
+    far: Tensor | None = None
 
 
 def _delta(
     module: fx.GraphModule, plan: Plan, p: Perturbed, values: Values, stack: Tensor, base: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The guess of dL/ds, and its part that the base does not explain."""
-    d = sample_slopes(module, values, plan.losses, plan.loss, p.grouping.rows)(p.point.node, stack)
+) -> _Delta:
+    d = sample_slopes(module, values, plan.losses, plan.loss, p.finest.rows)(p.point.node, stack)
     if base is not None:
-        d = d - p.grouping.summed(stack * base)
-    residual = (p.grouping.spread(d, p.shape) * stack).sum(0)
-    residual = residual if p.exact else residual / p.directions
-    return (residual if base is None else base + residual), residual
+        d = d - p.finest.summed(stack * base)
+
+    def averaged(slopes: Tensor) -> Tensor:
+        total = (p.finest.spread(slopes, p.shape) * stack).sum(0)
+        return total if p.exact else total / p.directions
+
+    residual = averaged(d)
+    far = None if p.places is None else averaged(p.places.elsewhere(d))
+    return _Delta(residual if base is None else base + residual, residual, far)
 
 
 def _carrying(point: Point, stack: Tensor, module: fx.GraphModule, values: Values) -> Tensor:

@@ -12,10 +12,12 @@ from torch import Tensor
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.optim.directions import Batch, RandomDirections
 from fomoh_fx.optim.samplers import Stacks, dimension_of, norms, scaled, unit_scale
-from fomoh_fx.perturbation import ActivityGradient, Fit
+from fomoh_fx.perturbation import ActivityGradient, Fit, Guess
 
 #: Directions that can be asked for, in this order.
 MOST = 3
+#: How much of F stays from one step to the next.
+FAR = 0.98
 
 
 class ActivityDirections(RandomDirections):
@@ -27,8 +29,12 @@ class ActivityDirections(RandomDirections):
     3. the newest guess in the same metric.
 
     An average over steps has less noise than one guess, and the plane's own slopes and curvatures decide how far to go.
-    Guesses start from B dL/dz, with a matrix B for each point that is fitted from step to step by least squares; a
-    step corrects a part 1 / (1 + noise) of what it finds, noise the variance of its fit relative to the error.
+    Guesses start from B dL/dz, with a matrix B for each point that is fitted from step to step by ridge regression: the
+    less a step tells about a column of B, the less it changes there.
+
+    The far part of a gradient (:class:`~fomoh_fx.perturbation.Guess`) is averaged over more steps. Of that average, F,
+    the part S / (S + N) is added to m: Wiener's filter for each parameter, S the slope that new guesses have along F on
+    average, in which noise has no share, and N the variance that averaging has left.
 
     Args:
         gradient: what guesses.
@@ -53,18 +59,20 @@ class ActivityDirections(RandomDirections):
         self.feedback: dict[str, Tensor] = {}
         self.averages: Stacks = {}
         self.squares: Stacks = {}
+        self.far: Stacks = {}
+        self.agreement: Stacks = {}
         self.guesses = 0
         self.length = torch.zeros(())
 
     def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Stacks:
         targets = batch.targets or ()
         guess = self.gradient(batch.args, batch.kwargs, targets, tuple(parameters), self._signs, self.feedback)
-        self._average(parameters, guess.gradients)
+        self._average(parameters, guess)
         for name, fit in guess.fits.items():
             self.feedback[name] = _corrected(self.feedback.get(name), fit)
-        fresh = self._adapted({name: -guess.gradients.get(name, torch.zeros_like(p)) for name, p in parameters.items()})
+        fresh = self._adapted({name: -self._newest(guess, name, p) for name, p in parameters.items()})
         before = self._previous or fresh
-        averaged = self._adapted({name: -m for name, m in self.averages.items()})
+        averaged = self._adapted({name: -m - self._filtered(name, m) for name, m in self.averages.items()})
         found = [averaged, {name: before.get(name, v) for name, v in fresh.items()}, fresh][: self.count]
         stacks = {name: torch.stack([direction[name] for direction in found]) for name in parameters}
         return scaled(stacks, unit_scale(stacks))
@@ -78,6 +86,7 @@ class ActivityDirections(RandomDirections):
     def state_dict(self) -> dict[str, Any]:
         """The random state, the averages, the matrices B and the step before."""
         own = {"feedback": self.feedback, "averages": self.averages, "squares": self.squares}
+        own |= {"far": self.far, "agreement": self.agreement}
         copies = {name: dict(stacks) for name, stacks in own.items()}
         return {**super().state_dict(), **copies, "guesses": self.guesses, "length": self.length}
 
@@ -85,17 +94,49 @@ class ActivityDirections(RandomDirections):
         super().load_state_dict(state)
         self.feedback, self.averages = dict(state["feedback"]), dict(state["averages"])
         self.squares, self.guesses = dict(state["squares"]), state["guesses"]
+        self.far, self.agreement = dict(state["far"]), dict(state["agreement"])
         self.length = state["length"]
 
-    def _average(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+    def _average(self, parameters: Mapping[str, Tensor], guess: Guess) -> None:
         """One more guess in the averages; one that is not finite counts as zero."""
         self.guesses += 1
         first, second = self.betas
+        for name, far in guess.far.items():
+            self._average_far(name, far.nan_to_num(0, 0, 0))
         for name, p in parameters.items():
-            g = gradients[name].nan_to_num(0, 0, 0) if name in gradients else torch.zeros_like(p)
+            near = guess.gradients[name].nan_to_num(0, 0, 0) if name in guess.gradients else torch.zeros_like(p)
+            g = self._newest(guess, name, p).nan_to_num(0, 0, 0)
             m, v = self.averages.get(name, torch.zeros_like(p)), self.squares.get(name, torch.zeros_like(p))
-            self.averages[name] = torch.lerp(m, g, 1 - first)
+            self.averages[name] = torch.lerp(m, near, 1 - first)
             self.squares[name] = torch.lerp(v, g * g, 1 - second)
+
+    def _average_far(self, name: str, far: Tensor) -> None:
+        """F, and two numbers: the slope of new guesses along the F of before, and their square."""
+        before, told = self.far.get(name), self.agreement.get(name)
+        if before is None or told is None:
+            before, told = torch.zeros_like(far), far.new_zeros(2)
+        known = max(1 - FAR ** (self.guesses - 1), 1 - FAR)
+        now = torch.stack([(far * before).sum() / known, far.square().sum()])
+        self.agreement[name] = torch.lerp(told, now, 1 - FAR)
+        self.far[name] = torch.lerp(before, far, 1 - FAR)
+
+    def _trusted(self, name: str) -> Tensor:
+        """S / (S + N)."""
+        slope, square = self.agreement[name]
+        signal = slope.clamp(min=0)
+        noise = (square - signal).clamp(min=0) * (1 - FAR) / (1 + FAR)
+        return (signal / (signal + noise)).nan_to_num(0)
+
+    def _newest(self, guess: Guess, name: str, p: Tensor) -> Tensor:
+        """The newest guess, its far part filtered like the average."""
+        g = guess.gradients.get(name, torch.zeros_like(p))
+        return g + self._trusted(name) * guess.far[name] if name in guess.far else g
+
+    def _filtered(self, name: str, like: Tensor) -> Tensor:
+        """What is known of the far part."""
+        if name not in self.far:
+            return torch.zeros_like(like)
+        return self._trusted(name) * self.far[name] / (1 - FAR**self.guesses)
 
     def _adapted(self, direction: Stacks) -> Stacks:
         """The direction in Adam's metric."""
@@ -108,11 +149,10 @@ class ActivityDirections(RandomDirections):
 
 
 def _corrected(matrix: Tensor | None, fit: Fit) -> Tensor:
-    """B + gain R^T W Z (Z^T W Z)^-1, with a little of the identity where outputs' gradients depend on each other."""
+    """B + R^T W Z (Z^T W Z + noise I)^-1, the mean of B given the residuals R = Z E^T + noise for an isotropic E."""
     gram = fit.gram.double()
-    ridge = 1e-3 * gram.diagonal().mean() + torch.finfo(torch.float64).tiny
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    solution, _ = torch.linalg.solve_ex(gram + ridge * eye, fit.cross.double().T)
-    change = (solution.T / (1 + fit.noise)).to(fit.cross)
+    solution, _ = torch.linalg.solve_ex(gram + fit.noise * eye, fit.cross.double().T)
+    change = solution.T.to(fit.cross)
     change = torch.where(change.isfinite().all(), change, 0)
     return change if matrix is None else matrix + change

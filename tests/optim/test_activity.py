@@ -11,23 +11,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fomoh_fx
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.optim import FoMoHKD
-from fomoh_fx.optim.activity import _corrected
-from fomoh_fx.perturbation import ActivityGradient
+from fomoh_fx.optim.activity import ActivityDirections, _corrected
+from fomoh_fx.perturbation import ActivityGradient, Fit
 
 cross_entropy = nn.functional.cross_entropy
 
 
 class Language(nn.Module):
-    """One block over sequences of 6 letters."""
+    """One block over sequences of 6 letters; where causal, letters see those before them only."""
 
-    def __init__(self) -> None:
+    def __init__(self, causal: bool = False) -> None:
         super().__init__()
+        self.mask = nn.Transformer.generate_square_subsequent_mask(6) if causal else None
         self.letters, self.places = nn.Embedding(5, 8), nn.Parameter(torch.zeros(6, 8))
         self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.block(self.letters(x) + self.places))
+        return self.head(self.block(self.letters(x) + self.places, src_mask=self.mask))
 
 
 def sequence_loss(z: Tensor, y: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def test_unit_vectors_give_the_exact_gradient(kind):
 def test_random_perturbations_point_along_the_gradient(kind):
     model, loss, x, y = problem(kind, 256)
     gradient = ActivityGradient(fomoh_fx.transform(model, loss), perturbations=64, exact=0)
-    found = cosines(guessed(gradient, model, x, y).gradients, true_gradient(model, loss, x, y))
+    found = cosines(guessed(gradient, model, x, y).whole, true_gradient(model, loss, x, y))
     assert min(found.values()) > 0.6, found
 
 
@@ -117,6 +118,42 @@ def test_guesses_have_the_gradient_as_their_mean_whatever_the_feedback():
     true = true_gradient(model, loss, x, y)["0.weight"]
     mean = torch.stack(total).mean(0)
     assert (mean - true).norm() < 4 * torch.stack(total).std(0).norm() / 300**0.5
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_far_parts_complete_the_gradient(causal):
+    torch.manual_seed(0)
+    model, x, y = Language(causal), letters(24), letters(24)
+    gradient = ActivityGradient(fomoh_fx.transform(model, sequence_loss), perturbations=200, exact=0)
+    guesses = [guessed(gradient, model, x, y, seed=seed) for seed in range(16)]
+    assert {p.places.causal for p in gradient.plan.points if p.places} == {causal}
+    true = true_gradient(model, sequence_loss, x, y)
+    name = "block.norm1.weight"
+    assert name in guesses[0].far and "head.weight" not in guesses[0].far
+    whole, near = torch.stack([g.whole[name] for g in guesses]), torch.stack([g.gradients[name] for g in guesses])
+    error = 3 * whole.std(0).norm() / len(guesses) ** 0.5
+    assert (whole.mean(0) - true[name]).norm() < error < (near.mean(0) - true[name]).norm()
+    assert near.std(0).norm() < whole.std(0).norm()
+
+
+def test_a_column_about_which_a_step_tells_little_changes_little():
+    fit = Fit(cross=torch.tensor([[100.0, 1.0]]), gram=torch.diag(torch.tensor([1000.0, 0.01])), noise=10.0)
+    torch.testing.assert_close(_corrected(torch.zeros(1, 2), fit), torch.tensor([[100 / 1010, 1 / 10.01]]))
+
+
+def test_far_parts_are_trusted_as_far_as_they_agree():
+    model, loss, _, _ = problem("mlp")
+    directions = ActivityDirections(ActivityGradient(fomoh_fx.transform(model, loss)), seed=0)
+    torch.manual_seed(0)
+    signal = torch.randn(50, 40)
+    for _ in range(200):
+        directions.guesses += 1
+        directions._average_far("signal", signal)
+        directions._average_far("both", signal + 5 * torch.randn(50, 40))
+        directions._average_far("noise", torch.randn(50, 40))
+    trusted = {name: float(directions._trusted(name)) for name in directions.far}
+    assert trusted["signal"] > 0.99 and trusted["noise"] < 0.2
+    assert trusted["both"] == pytest.approx(1 / (1 + 25 * 0.02 / 1.98), abs=0.1)
 
 
 def test_feedback_learns_what_the_output_tells():
