@@ -6,7 +6,7 @@ import torch
 import fomoh_fx
 from tests.models.checking import check
 from tests.models.models import PROBLEMS
-from tests.models.test_torch_models import COMPILED
+from tests.models.test_torch_models import CASES, COMPILED  # noqa: F401  which models are compiled
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -30,7 +30,6 @@ def test_eager(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled(name):
+def test_compiled(compiled):
     with torch._inductor.config.patch(fallback_random=True):
-        check_on_gpu(name, lower=fomoh_fx.compile)
+        check_on_gpu(compiled, lower=fomoh_fx.compile)

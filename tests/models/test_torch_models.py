@@ -7,7 +7,9 @@ import fomoh_fx
 from tests.models.checking import check
 from tests.models.models import PROBLEMS
 
-#: Compiling takes half a minute for a model, so one of each kind.
+CASES = PROBLEMS
+
+#: Compiling takes half a minute for a model, so one of each kind; ``--every`` compiles all.
 COMPILED = [
     "mlp", "paper_cnn", "batch_norm_train", "unet", "dropout", "transformer_encoder_dropout",
     "transformer_encoder_eval", "transformer", "lstm", "gru", "tied_language_model", "graph_network",
@@ -22,7 +24,6 @@ def test_eager(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled(name):
+def test_compiled(compiled):
     with torch._inductor.config.patch(fallback_random=True):
-        check(PROBLEMS[name](), lower=fomoh_fx.compile)
+        check(PROBLEMS[compiled](), lower=fomoh_fx.compile)
