@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,7 +132,7 @@ def _case(name: str, op: Any, sample: Any) -> Case | None:
         return function(*(value.clone() for value in values))
 
     torch.manual_seed(0)
-    copies = [x.clone() for x in inputs]
+    copies = deepcopy(inputs)  # with all of their storage, of which a sample may be a part
     outputs = function(*copies)
     pairs = zip(copies, inputs, strict=True)
     changes = not all(a.shape == x.shape and torch.allclose(a, x, rtol=0, atol=0, equal_nan=True) for a, x in pairs)

@@ -24,7 +24,7 @@ from tests.coverage.truth import Truth, confirmed_truth
 from tests.oracle import relative_error
 
 TOGETHER = 24
-TIMEOUT = 900.0  # seconds for all samples of one operator
+TIMEOUT = 3600.0  # seconds for all samples of one operator
 Judge = Callable[[str, Any, int | None], Verdict]
 
 #: Where reverse mode's own convention decides, which differences do not know.
