@@ -121,7 +121,7 @@ class Session:
 
     def compare(
         self, contenders: suite.Contenders, arguments: Callable[[], tuple[Any, ...]], expected: Any, common: Row
-    ):
+    ) -> None:
         makers = {
             name: partial(_made, make, arguments, self.options)
             for name, make in suite.chosen(contenders, self.settings.contenders).items()
