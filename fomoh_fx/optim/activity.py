@@ -113,10 +113,11 @@ class ActivityDirections(RandomDirections):
     def _average_far(self, name: str, far: Tensor) -> None:
         """F, and two numbers: the slope of new guesses along the F of before, and their square."""
         before, told = self.far.get(name), self.agreement.get(name)
+        wide = torch.promote_types(far.dtype, torch.float32)
         if before is None or told is None:
-            before, told = torch.zeros_like(far), far.new_zeros(2)
+            before, told = torch.zeros_like(far), far.new_zeros(2, dtype=wide)
         known = max(1 - FAR ** (self.guesses - 1), 1 - FAR)
-        now = torch.stack([(far * before).sum() / known, far.square().sum()])
+        now = torch.stack([(far.to(wide) * before).sum() / known, far.to(wide).square().sum()])
         self.agreement[name] = torch.lerp(told, now, 1 - FAR)
         self.far[name] = torch.lerp(before, far, 1 - FAR)
 
@@ -130,13 +131,13 @@ class ActivityDirections(RandomDirections):
     def _newest(self, guess: Guess, name: str, p: Tensor) -> Tensor:
         """The newest guess, its far part filtered like the average."""
         g = guess.gradients.get(name, torch.zeros_like(p))
-        return g + self._trusted(name) * guess.far[name] if name in guess.far else g
+        return g + self._trusted(name).to(g) * guess.far[name] if name in guess.far else g
 
     def _filtered(self, name: str, like: Tensor) -> Tensor:
         """What is known of the far part."""
         if name not in self.far:
             return torch.zeros_like(like)
-        return self._trusted(name) * self.far[name] / (1 - FAR**self.guesses)
+        return self._trusted(name).to(like) * self.far[name] / (1 - FAR**self.guesses)
 
     def _adapted(self, direction: Stacks) -> Stacks:
         """The direction in Adam's metric."""
