@@ -245,7 +245,8 @@ def picture(options, rows, runs):
 
 
 def write(options, methods, runs, costs):
-    rows = summary(methods, runs, costs)
+    """The JSON and CSV files, of all that is done."""
+    rows = summary([m for m in methods if any(run["method"] == m.name for run in runs)], runs, costs)
     name = torch.cuda.get_device_name() if options.device != "cpu" else f"{platform.processor() or platform.machine()}"
     versions = {"machine": name, "torch": torch.__version__, "python": platform.python_version()}
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "data", "name")}
@@ -258,8 +259,7 @@ def write(options, methods, runs, costs):
         for run in runs:
             for i, epoch in enumerate(run["epochs"]):
                 writer.writerow([run["method"], run["seed"], i + 1, *(f"{epoch[f]:.5f}" for f in FIGURES)])
-    picture(options, rows, runs)
-    print(f"\n{options.task}, {options.epochs} epochs, batch {options.batch}, {name}\n{table(rows)}")
+    return rows
 
 
 def parsed():
@@ -299,15 +299,17 @@ def main():
     runs, costs = [], []
     with pool(options.jobs) as processes:
         work = [processes.submit(train, (m, seed), options) for m in methods for seed in options.seeds]
-        for _ in tqdm(as_completed(work), total=len(work), unit="run", disable=None):
-            pass
-        runs = [run.result() for run in work]
+        for finished in tqdm(as_completed(work), total=len(work), unit="run", disable=None):
+            runs.append(finished.result())
+            write(options, methods, runs, costs)
     if not options.no_cost:
         with pool(1) as processes:  # one after the other: each alone
             costs = list(processes.map(partial(cost, options=options), [Method(), *plain[:1], *with_momentum[:1]]))
         same = {kind[0].name: kind for kind in (plain, with_momentum) if kind}
         costs += [c | {"method": m.name} for c in costs for m in same.get(c["method"], [])[1:]]
-    write(options, methods, runs, costs)
+    rows = write(options, methods, runs, costs)
+    picture(options, rows, runs)
+    print(f"\n{options.task}, {options.epochs} epochs, batch {options.batch}\n{table(rows)}")
 
 
 if __name__ == "__main__":
