@@ -108,6 +108,8 @@ class Specialization:
         """Whether what the signature cannot see is as it was: modules and tensors that a function or loss refers to."""
         if outside_modes(self.program) != self.outside:
             return False
+        if not self.program.has_its_structures():
+            return False
         if any(what.value(()).tolist() != value for what, value in self.program.constants):
             return False
         for what, node in zip(self.program.inputs, self.program.placeholders, strict=True):
@@ -131,11 +133,15 @@ class Specialization:
         """Change what the model changes, in itself and its arguments; give the outputs the result's own structure."""
         duals = self.compiled.layout.unpack(flat)
         values: list[HyperDual] = []
+        assigned: list[Tensor] = []
         for what, dual in zip(self.program.outputs, duals, strict=True):
             if what.changes is None:
                 values.append(dual)
+            elif what.kind == "assignment":
+                assigned.append(dual.primal)
             else:
                 what.apply(dual.primal, tensors)
+        self.program.assign(assigned)
         rebuild = self.program.structure.rebuild
         primal = rebuild([v.primal for v in values])
         asked = values[:1] if self.with_loss else values

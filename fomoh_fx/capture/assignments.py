@@ -1,63 +1,231 @@
-"""Tensors that a model assigns to its attributes while it runs: ``self.mean = 0.9 * self.mean + 0.1 * y.mean()``.
+"""What a model assigns to its attributes while it runs, and what it changes in the containers that are in them.
 
-Capture leaves the model as it was. The new tensors are outputs of the graph, and each call assigns them, as the model
-itself would.
+``self.mean = 0.9 * self.mean + 0.1 * y.mean()``, ``self.cache["h"] = h.detach()``, ``self.state = (h, c)``,
+``self.recent.append(x)``: capture leaves the model as it was. The new tensors are outputs of the graph, and each call
+assigns them, as the model itself would.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fomoh_fx.capture.state import STANDARD, Keys, children, containers, follow, has_tensors, is_record, written
 from fomoh_fx.errors import CaptureError
 
 #: Tensors that a call has assigned, and the parameter that each was computed from: the derivative ended with the call.
 COMPUTED_FROM = WeakIdKeyDictionary()
 
+_MISSING = object()
+_NUMBERS = (int, float)
+
+
+@dataclass
+class Assignment:
+    """One thing that a run assigns: a value at a key, nothing there any more, or all that is in a list.
+
+    ``leaves`` are the leaves of the value, None for those that are tensors; ``tensors`` are those of the run.
+    """
+
+    path: str | None
+    keys: Keys
+    kind: Literal["set", "delete", "contents"]
+    leaves: list[Any] = field(default_factory=list)
+    spec: Any = None
+    tensors: list[Tensor] = field(default_factory=list)
+    is_new: bool = False
+    module: nn.Module | None = None
+    computed_from: list[str | None] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """As a person would write the place."""
+        return f"{self.path}.{written(self.keys)}".removeprefix("model.")
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether it is one tensor for an attribute of a module."""
+        return self.kind == "set" and len(self.keys) == 1 and self.leaves == [None]
+
+    @property
+    def count(self) -> int:
+        """How many tensors it takes."""
+        return self.leaves.count(None)
+
+    def apply(self, tensors: Sequence[Tensor]) -> None:
+        """Assign the value with these tensors."""
+        assert self.module is not None
+        for tensor, source in zip(tensors, self.computed_from, strict=True):
+            if source is not None:
+                COMPUTED_FROM[tensor] = source
+        new = iter(tensors)
+        value = None
+        if self.spec is not None:
+            value = pytree.tree_unflatten([next(new) if leaf is None else leaf[0] for leaf in self.leaves], self.spec)
+        if self.kind == "contents":
+            _fill(follow(self.module, self.keys), value)
+            return
+        holder = self.module if len(self.keys) == 1 else follow(self.module, self.keys[:-1])
+        by_name = holder is self.module or is_record(holder)
+        if self.kind == "set":
+            setattr(holder, self.keys[-1], value) if by_name else holder.__setitem__(self.keys[-1], value)
+        elif by_name:
+            delattr(holder, self.keys[-1])
+        else:
+            del holder[self.keys[-1]]
+
+
+@dataclass
+class ChangedNumbers:
+    """Numbers in a container that a run has changed to others, and how to put them."""
+
+    key: tuple[int, Any]
+    name: str
+    put: Callable[[Any], None]
+    before: Any
+    after: Any
+
+
+@dataclass
+class _Watched:
+    path: str | None
+    keys: Keys  # of a container; () for the attributes of the module
+    module: nn.Module
+    holder: Any
+    before: Any
+
 
 class Assignments:
-    """While it is entered, the attributes of modules are watched; in the end each is what it was.
+    """While it is entered, the attributes of modules are watched, and their containers; in the end each is what it was.
 
     Attributes:
-        values: the tensors that were assigned, by the path of the module and the name of the attribute.
+        made: what was assigned.
+        numbers: what was changed in containers without tensors.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.values: dict[tuple[str, str], Tensor] = {}
-        self._before: list[tuple[str | None, nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        self.made: list[Assignment] = []
+        self.numbers: list[ChangedNumbers] = []
+        self._watched: list[_Watched] = []
+        self._parameters: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._containers: set[int] = set()
         for path, module in root.named_modules():
             self.watch(module, path)
 
     def watch(self, module: nn.Module, path: str | None = None) -> None:
         """Watch a module; without a path, only to put its attributes back."""
-        self._before.append((path, module, dict(vars(module)), dict(module._buffers), dict(module._parameters)))
+        self._parameters.append((module, dict(module._parameters)))
+        for holder in (vars(module), module._buffers):
+            self._watched.append(_Watched(path, (), module, holder, dict(holder)))
+        for keys, value in containers(module) if path != "" else ():  # the root's own are the call's
+            self._containers.add(id(value))
+            if isinstance(value, (list, deque)):
+                self._watched.append(_Watched(path, keys, module, value, list(value)))
+            elif not isinstance(value, tuple):
+                holder = children(value)
+                self._watched.append(_Watched(path, keys, module, holder, dict(holder or {})))
 
     def __enter__(self) -> Assignments:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        for path, module, attributes, buffers, parameters in self._before:
-            new = _undone(vars(module), attributes) | _undone(module._buffers, buffers)
-            if path is not None:
-                self.values.update({(path, name): value for name, value in new.items()})
-            if _undone(module._parameters, parameters) and kind is None:
+        there = [not watched.keys or _is_there(watched) for watched in self._watched]
+        self._growing: _Watched | None = None
+        for watched, is_there in zip(self._watched, there, strict=True):
+            made = self._changes(watched)  # which puts back what was before
+            if is_there and watched.path is not None:
+                self.made += made
+        for module, parameters in self._parameters:
+            changed = [k for k, v in module._parameters.items() if v is not parameters.get(k)]
+            module._parameters.update(parameters)
+            if changed and kind is None:
                 raise CaptureError(
                     f"model: assigns another tensor to a parameter of its {type(module).__name__} while it runs; "
                     "compute with the new tensor under another name"
                 )
+        if self._growing is not None and kind is None:
+            raise CaptureError(
+                f"model: its {type(self._growing.module).__name__}.{written(self._growing.keys)} grows by tensors at "
+                "every call, so every call would need another graph. Clear it at the start of forward, or keep the "
+                "tensors in a buffer or in a collections.deque with a maxlen"
+            )
+
+    def _changes(self, watched: _Watched) -> list[Assignment]:
+        """What was assigned in a holder, which is then as it was."""
+        if isinstance(watched.holder, (list, deque)):
+            return self._changes_of_list(watched)
+        path, keys, holder, before = watched.path, watched.keys, watched.holder, watched.before
+        found = []
+        for key in [*before, *(k for k in holder if k not in before)]:
+            old, new = before.get(key, _MISSING), holder.get(key, _MISSING)
+            if new is old or (not keys and key in STANDARD):
+                continue
+            if type(old) in _NUMBERS and type(new) in _NUMBERS:
+                if keys:  # those of modules are observed as they change
+                    self._note_numbers(watched, key, partial(holder.__setitem__, key), old, new)
+                continue
+            if not keys and not (has_tensors(new) or has_tensors(old) or type(new) in (bool, str, type(None))):
+                continue
+            if old is _MISSING:
+                del holder[key]
+            else:
+                holder[key] = old
+            if new is _MISSING:
+                found.append(Assignment(path, (*keys, key), "delete"))
+            else:
+                found.append(self._taken_out(path, (*keys, key), "set", new, old is _MISSING))
+        return found
+
+    def _changes_of_list(self, watched: _Watched) -> list[Assignment]:
+        now, before = list(watched.holder), watched.before
+        if _are_same(now, before):
+            return []
+        if not has_tensors(now) and not has_tensors(before):
+            self._note_numbers(watched, None, partial(_fill, watched.holder), before, now)
+            return []
+        _fill(watched.holder, before)
+        if before and len(now) > len(before) and _are_same(now[: len(before)], before):
+            if getattr(watched.holder, "maxlen", None) is None:
+                self._growing = watched
+        return [self._taken_out(watched.path, watched.keys, "contents", now, False)]
+
+    def _note_numbers(self, watched: _Watched, key: Any, put: Callable[[Any], None], before: Any, after: Any) -> None:
+        if before != after:
+            keys = watched.keys if key is None else (*watched.keys, key)
+            name = f"{type(watched.module).__name__}.{written(keys)}"
+            self.numbers.append(ChangedNumbers((id(watched.holder), key), name, put, before, after))
+        put(before)
+
+    def _taken_out(self, path: str | None, keys: Keys, kind: Any, value: Any, is_new: bool) -> Assignment:
+        leaves, spec = pytree.tree_flatten(value, is_leaf=lambda x: x is not value and id(x) in self._containers)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        return Assignment(path, keys, kind, others, spec, tensors, is_new)
 
 
-def _undone(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors that were assigned since; what they replaced is back."""
-    assigned = {k: v for k, v in now.items() if isinstance(v, Tensor) and v is not before.get(k)}
-    for name in assigned:
-        if name in before:
-            now[name] = before[name]
-        else:
-            del now[name]
-    return assigned
+def _is_there(watched: _Watched) -> bool:
+    """Whether the container is still where it was."""
+    try:
+        found = follow(watched.module, watched.keys)
+    except (AttributeError, LookupError):
+        return False
+    return found is watched.holder or children(found) is watched.holder
+
+
+def _are_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _fill(holder: Any, values: Sequence[Any]) -> None:
+    holder.clear()
+    holder.extend(values)
 
 
 def remembered(what: str, parameter: str) -> CaptureError:

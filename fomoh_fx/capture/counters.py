@@ -1,4 +1,4 @@
-"""Numbers among a model's attributes that are others after every call: ``self.step += 1``.
+"""Numbers among a model's attributes, and in containers there, that are others after every call: ``self.step += 1``.
 
 A graph has an attribute as a constant. That is right where nothing depends on it, or where it stays after the first
 call, as the largest length that a cache was made for.
@@ -8,25 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 from torch import nn
 
+from fomoh_fx.capture.assignments import ChangedNumbers
 from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.program import Program
 from fomoh_fx.errors import CaptureError
 
 _NUMBERS = (int, float)
-
-
-@dataclass
-class _Change:
-    module: nn.Module
-    attribute: str
-    before: Any
-    after: Any
 
 
 def refuse_counted(capture: Callable[[], Program]) -> Program:
@@ -35,20 +28,18 @@ def refuse_counted(capture: Callable[[], Program]) -> Program:
     Raises:
         CaptureError: the second call would have another graph, and the third one too.
     """
-    with _changes() as first:
-        program = capture()
+    program, first = _observed(capture)
     if not first:
         return program
     try:
-        with _changes() as second:
-            for change in first.values():
-                vars(change.module)[change.attribute] = change.after
-            again = capture()
+        for change in first.values():
+            change.put(change.after)
+        again, second = _observed(capture)
     finally:
         _undo(first.values())
     counted = [change for key, change in first.items() if key in second]
     if counted and not same_graph(program, again):
-        names = " and ".join(f"{type(c.module).__name__}.{c.attribute}" for c in counted)
+        names = " and ".join(change.name for change in counted)
         raise CaptureError(
             f"model: changes the number {names} at every call, and computes with it, so the graph would have its first "
             "value for ever. Keep it as a tensor in a buffer, or pass it as an argument"
@@ -56,10 +47,17 @@ def refuse_counted(capture: Callable[[], Program]) -> Program:
     return program
 
 
+def _observed(capture: Callable[[], Program]) -> tuple[Program, dict[Any, ChangedNumbers]]:
+    """What is captured, and the numbers that were changed meanwhile, which are as they were."""
+    with _changes() as found:
+        program = capture()
+    return program, found | {change.key: change for change in program.numbers}
+
+
 @contextmanager
-def _changes() -> Iterator[dict[tuple[int, str], _Change]]:
+def _changes() -> Iterator[dict[Any, ChangedNumbers]]:
     """Note which numbers modules change to others; in the end each is what it was."""
-    found: dict[tuple[int, str], _Change] = {}
+    found: dict[Any, ChangedNumbers] = {}
     assign = nn.Module.__setattr__
 
     def note(self: nn.Module, name: str, value: Any) -> None:
@@ -67,7 +65,9 @@ def _changes() -> Iterator[dict[tuple[int, str], _Change]]:
         assign(self, name, value)
         if type(value) in _NUMBERS and type(before) in _NUMBERS and value != before:
             key = (id(vars(self)), name)  # a tracer wraps modules in others that share their attributes
-            found[key] = _Change(self, name, found[key].before if key in found else before, value)
+            first = found[key].before if key in found else before
+            put = partial(vars(self).__setitem__, name)
+            found[key] = ChangedNumbers(key, f"{type(self).__name__}.{name}", put, first, value)
 
     try:
         with patch.object(nn.Module, "__setattr__", note):
@@ -76,6 +76,6 @@ def _changes() -> Iterator[dict[tuple[int, str], _Change]]:
         _undo(found.values())
 
 
-def _undo(changes: Iterable[_Change]) -> None:
+def _undo(changes: Iterable[ChangedNumbers]) -> None:
     for change in changes:
-        vars(change.module)[change.attribute] = change.before
+        change.put(change.before)

@@ -1,36 +1,51 @@
-"""Numbers that a model draws from Python's or NumPy's global generator while it runs.
+"""Numbers that a model draws from Python's or NumPy's generators while it runs.
 
 A graph has them as constants, so that every call would have the numbers of the first. That is right only where nothing
-depends on them, as on the draw that drops a layer with probability zero.
+depends on them, as on the draw that drops a layer with probability zero. A draw from a generator object of the model's
+(``numpy.random.default_rng()``) is refused in any case.
 """
 
 from __future__ import annotations
 
+import inspect
+import pickle
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 
+from fomoh_fx.capture.leaks import is_a_users
 from fomoh_fx.capture.program import Program
+from fomoh_fx.capture.state import children, containers, written
 from fomoh_fx.errors import CaptureError
+from fomoh_fx.passes.provenance import is_hidden
 
 #: The ends of [0, 1): what a draw is compared with lies between them.
 _ENDS = (0.0, 1 - 2.0**-53)
 
 
-def refuse_drawn(capture: Callable[[], Program]) -> Program:
-    """What is captured, if it does not depend on such draws.
+def refuse_drawn(capture: Callable[[], Program], *models: Any) -> Program:
+    """What is captured, if it does not depend on such draws; ``models`` are the model and the loss.
 
     Raises:
-        CaptureError: the graph changes with the numbers.
+        CaptureError: the graph changes with the numbers, or a generator object has been drawn from.
     """
-    before = _state()
-    program = capture()
+    before, objects = _state(), _generators(models)
+    with _entropy_refused():
+        program = capture()
     after = _state()
+    for name, generator, state in objects:
+        if _state_of(generator) != state:
+            raise CaptureError(
+                f"model: draws from the random numbers of {name} while it runs, and the graph would have those of its "
+                "first call for ever. Draw with torch, or pass them as arguments"
+            )
     if after == before:
         return program
     for end in _ENDS:
@@ -50,6 +65,58 @@ def _state() -> list[Any]:
         return [random.getstate()]
     name, keys, *rest = numpy.random.get_state()
     return [random.getstate(), name, keys.tolist(), *rest]
+
+
+def _generators(models: Sequence[Any]) -> list[tuple[str, Any, bytes]]:
+    """The generator objects in attributes of modules and in variables of their code, with their names and states."""
+    places: dict[str, Any] = {}
+    seen: set[int] = set()
+    for part in [p for model in models for p in (model.modules() if isinstance(model, nn.Module) else (model,))]:
+        kind = type(part).__name__
+        if isinstance(part, nn.Module):
+            places |= {f"{kind}.{written((name,))}": value for name, value in vars(part).items()}
+            for keys, container in containers(part):
+                places |= {f"{kind}.{written((*keys, k))}": v for k, v in (children(container) or {}).items()}
+        function = inspect.unwrap(part.forward if isinstance(part, nn.Module) else part)
+        function = getattr(function, "__func__", function)
+        if isinstance(function, FunctionType) and is_a_users(function.__module__) and id(function) not in seen:
+            seen.add(id(function))
+            places |= {f"{function.__module__}.{name}": value for name, value in function.__globals__.items()}
+            places |= inspect.getclosurevars(function).nonlocals
+    return [(name, value, state) for name, value in places.items() if (state := _state_of(value)) is not None]
+
+
+@contextmanager
+def _entropy_refused() -> Iterator[None]:
+    """Refuse a NumPy generator that the model makes anew from the system's entropy."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        yield
+        return
+    make = numpy.random.default_rng
+
+    def seeded(seed: Any = None) -> Any:
+        if seed is None and not is_hidden(sys._getframe(1).f_code.co_filename):
+            raise CaptureError(
+                "model: makes a generator of random numbers by numpy.random.default_rng() while it runs, and the graph "
+                "would have those of its first call for ever. Draw with torch, or pass them as arguments"
+            )
+        return make(seed)
+
+    with patch.object(numpy.random, "default_rng", seeded):
+        yield
+
+
+def _state_of(value: Any) -> bytes | None:
+    """The state of a generator object, None for anything else."""
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        return pickle.dumps(value.getstate())
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return pickle.dumps(value.bit_generator.state)
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return pickle.dumps(value.get_state())
+    return None
 
 
 @contextmanager

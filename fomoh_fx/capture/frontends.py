@@ -7,6 +7,7 @@ import logging
 import re
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -31,9 +32,12 @@ from fomoh_fx.capture.constants import whole_numbers
 from fomoh_fx.capture.counters import refuse_counted
 from fomoh_fx.capture.dimensions import marks_kept, refusals
 from fomoh_fx.capture.draws import refuse_drawn
+from fomoh_fx.capture.leaks import refuse_kept
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
+from fomoh_fx.capture.state import STANDARD, Keys, children, place_of, structure, written
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
-from fomoh_fx.passes.activity import analyse, carries_derivative
+from fomoh_fx.passes.activity import analyse, ancestors, carries_derivative
+from fomoh_fx.passes.dataflow import is_effectful_call
 from fomoh_fx.passes.provenance import source_line
 from fomoh_fx.rules.other_libraries import register_present
 from fomoh_fx.rules.registry import COMPOSITES, RULES
@@ -56,21 +60,26 @@ def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dy
     """
     register_present()
     run = partial(_capture, model, loss, call, argument_names, dynamic_shapes)
-    return refuse_counted(partial(refuse_drawn, run))
+    return refuse_counted(partial(refuse_drawn, run, model, loss))
 
 
 def _capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dynamic_shapes: Any) -> Program:
     foreign: list[Tensor] = []
     outside: list[nn.Module] = []
+    made: list[weakref.ref[Tensor]] = []
     for _ in range(3):
         root = Root(model, loss, call, foreign, outside)
         outcome = _first_that_works(root, argument_names, dynamic_shapes)
         if isinstance(outcome, _DecidedByData):
             root, outcome = _with_constants(root, outcome, argument_names, dynamic_shapes)
         tensors, modules = _unknown(root)
+        made += root.observed.semantics.made if root.observed.semantics else []
+        for assignment in root.observed.assigned:
+            assignment.tensors.clear()
         if not tensors and not modules:
             if isinstance(outcome, CaptureError):
                 raise CaptureError(*outcome.args) from outcome.__cause__
+            refuse_kept(made, outcome.structure.others)
             return outcome
         _refuse_remembered(root, tensors)
         foreign += tensors  # capture again with what a closure holds as inputs: its values may change
@@ -142,7 +151,7 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
     decided_by_data = False
     for name, frontend in FRONTENDS.items():
         try:
-            with _tracing_state(), _foreign_restored(root):
+            with _tracing_state(), _foreign_restored(root), _containers_kept(root):
                 program = frontend(root, names, dynamic_shapes)
         except (UnsupportedOpError, CaptureError) as error:
             where = source_line("".join(traceback.format_tb(error.__traceback__)))
@@ -169,24 +178,59 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
 
 def _note_assignments(program: Program, root: Root) -> None:
     """The last outputs are what the model assigns. No value that an earlier call computed from a parameter is used."""
-    parameters = {
-        node: what.name
-        for node, what in zip(program.placeholders, program.inputs, strict=True)
-        if what.kind == "parameter" and carries_derivative(node)
-    }
-    used = [what for node, what in zip(program.placeholders, program.inputs, strict=True) if node.users]
-    first = len(program.outputs) - len(root.observed.assigned)
-    for i, (path, attribute) in enumerate(root.observed.assigned, first):
-        result, module = program.results[i], root.get_submodule(path)
-        active = analyse(program.module.graph, parameters, [result]).active
-        source = next((name for node, name in parameters.items() if node in active), None)
-        name = f"{path}.{attribute}".removeprefix("model.")
-        if source and any(what.module is module and what.attribute == attribute for what in used):
-            raise remembered(f"its attribute {name}", source)
-        program.outputs[i] = Output("assignment", Input("buffer", name, module=module, attribute=attribute), source)
+    inputs = list(zip(program.placeholders, program.inputs, strict=True))
+    parameters = {node: what.name for node, what in inputs if what.kind == "parameter" and carries_derivative(node)}
+    used = [what for node, what in inputs if node.users]
+    i = len(program.outputs) - sum(made.count for made in root.observed.assigned)
+    kept = []
+    for made in root.observed.assigned:
+        made.module = root.get_submodule(made.path or "")
+        results = program.results[i : i + made.count]
+        made.computed_from = [_computed_from(result, program, parameters) for result in results]
+        source = next(filter(None, made.computed_from), None)
+        if source and len(made.keys) > 1 and made.is_new and all(_is_of_parameters(r, program) for r in results):
+            del program.outputs[i : i + made.count]  # a cache that stays empty: each call computes it anew
+            left = program.results[:i] + program.results[i + made.count :]
+            program.module.graph.output_node().args = (left,)
+            continue
+        if source and any(what.module is made.module and _overlap(what.keys, made.keys) for what in used):
+            raise remembered(f"its attribute {made.name}", source)
+        state = Input("buffer", made.name, module=made.module, attribute=made.keys[0], inside=made.keys[1:])
+        program.outputs[i : i + made.count] = [Output("assignment", state)] * made.count
+        i += made.count
+        kept.append(made)
     for what in used:
         if what.module is not None and (source := COMPUTED_FROM.get(what.value(()))) is not None:
-            raise remembered(f"its attribute {what.attribute}", source)
+            raise remembered(f"its attribute {written(what.keys)}", source)
+    program.module.recompile()
+    program.assignments, program.numbers = kept, root.observed.numbers
+    deep = [(made.module, made.keys[0]) for made in root.observed.assigned if not made.is_tensor]
+    deep += [(what.module, what.attribute) for what in used if what.inside]
+    attributes = {(id(module), name): (module, name) for module, name in deep}
+    program.structures = [
+        (module, name, structure(getattr(module, name, None))) for module, name in attributes.values()
+    ]
+
+
+def _is_of_parameters(result: fx.Node, program: Program) -> bool:
+    """Whether a result depends only on parameters, and on what no call changes: it is a cache."""
+    changed = {what.changes for what in program.outputs if what.kind == "change"}
+    before = ancestors(program.module.graph, [result])
+    inputs = [what for node, what in zip(program.placeholders, program.inputs, strict=True) if node in before]
+    return not any(map(is_effectful_call, before)) and all(
+        what.kind != "argument" and what not in changed for what in inputs
+    )
+
+
+def _computed_from(result: fx.Node, program: Program, parameters: dict[fx.Node, str]) -> str | None:
+    """The first parameter in which a result has a derivative."""
+    active = analyse(program.module.graph, parameters, [result]).active
+    return next((name for node, name in parameters.items() if node in active), None)
+
+
+def _overlap(one: Keys, other: Keys) -> bool:
+    """Whether one place is in the other."""
+    return all(a == b for a, b in zip(one, other, strict=False))
 
 
 class _DecidedByData(CaptureError):
@@ -202,6 +246,23 @@ def _foreign_restored(root: Root) -> Iterator[None]:
         with torch.no_grad():
             for tensor, before in root.observed.before:
                 tensor.copy_(before)
+
+
+@contextmanager
+def _containers_kept(root: Root) -> Iterator[None]:
+    """A tracer leaves copies of the containers in a module's attributes; others may refer to these."""
+    before = [
+        (module, name, value)
+        for module in root.modules()
+        for name, value in vars(module).items()
+        if name not in STANDARD and children(value) is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            if name in vars(module) and vars(module)[name] is not value:
+                vars(module)[name] = value
 
 
 _DECIDED_BY_DATA = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
@@ -360,9 +421,8 @@ def _state(root: Root, target: str) -> Input:
     if target.startswith("foreign_"):
         tensor = root.foreign[int(target.removeprefix("foreign_"))]
         for owner in root.modules():
-            for attribute, value in vars(owner).items():
-                if value is tensor:
-                    return Input("constant", target, module=owner, attribute=attribute)
+            if owner is not root and (keys := place_of(owner, tensor)) is not None:
+                return Input("constant", target, module=owner, attribute=keys[0], inside=keys[1:])
         return Input("constant", target, tensor=tensor)
     parent, _, attribute = target.rpartition(".")
     module = root.get_submodule(parent)

@@ -12,12 +12,13 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.capture.assignments import COMPUTED_FROM, Assignments
+from fomoh_fx.capture.assignments import Assignment, Assignments, ChangedNumbers
 from fomoh_fx.capture.constants import AsConstants
 from fomoh_fx.capture.conversions import conversions_checked
 from fomoh_fx.capture.finite import AssumeFinite
 from fomoh_fx.capture.hooks import gradient_hooks_checked, refuse_hooks_of_module
 from fomoh_fx.capture.semantics import ReverseModeSemantics
+from fomoh_fx.capture.state import Keys, follow, structure
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.passes.dataflow import draws, graphs_in
 from fomoh_fx.passes.provenance import RecordSourceLines
@@ -29,8 +30,8 @@ class Input:
 
     ``name`` is the model's own name of a parameter or buffer (``loss.`` before those of a loss that is a module,
     ``outside.`` of a module that a function only refers to), or the argument's readable name; ``module`` and
-    ``attribute`` say where a parameter, a buffer or a constant lives; ``index`` numbers the tensor leaves of the call;
-    ``tensor`` is a captured constant that is no attribute of a module.
+    ``attribute`` say where a parameter, a buffer or a constant lives, and ``inside`` where in the containers below;
+    ``index`` numbers the tensor leaves of the call; ``tensor`` is a captured constant that no module has.
     """
 
     kind: Literal["parameter", "buffer", "argument", "constant"]
@@ -39,6 +40,12 @@ class Input:
     tensor: Tensor | None = None
     module: nn.Module | None = None
     attribute: str = ""
+    inside: Keys = ()
+
+    @property
+    def keys(self) -> Keys:
+        """The place in the module."""
+        return (self.attribute, *self.inside)
 
     def value(self, arguments: Sequence[Tensor]) -> Tensor:
         """The current tensor, among the arguments of a call or where it lives."""
@@ -46,31 +53,23 @@ class Input:
             return arguments[self.index]
         if self.tensor is not None:
             return self.tensor
-        return getattr(self.module, self.attribute)
+        return follow(self.module, self.keys) if self.inside else getattr(self.module, self.attribute)
 
 
 @dataclass(frozen=True)
 class Output:
     """One output of the graph: a leaf of the result, or a new value of ``changes``.
 
-    A ``"change"`` is made in place; in an ``"assignment"`` a module's attribute becomes another tensor.
-    ``computed_from`` names a parameter in which that has a derivative.
+    A ``"change"`` is made in place; those for an ``"assignment"`` are assigned after it, by the program.
     """
 
     kind: Literal["value", "change", "assignment"]
     changes: Input | None = None
-    computed_from: str | None = None
 
     def apply(self, value: Tensor, arguments: Sequence[Tensor]) -> None:
-        """Change what the model changes; the value is a copy's source, for it may be any output or input."""
+        """Change in place what the model changes."""
         assert self.changes is not None
-        if self.kind == "change":
-            self.changes.value(arguments).copy_(value)
-            return
-        value = value.clone()
-        setattr(self.changes.module, self.changes.attribute, value)
-        if self.computed_from is not None:
-            COMPUTED_FROM[value] = self.computed_from
+        self.changes.value(arguments).copy_(value)
 
 
 @dataclass
@@ -101,6 +100,11 @@ class Structure:
     spec: pytree.TreeSpec
     leaves: list[Any]  # an int for the number of a tensor output, or _Constant
 
+    @property
+    def others(self) -> list[Any]:
+        """The leaves that are not tensors."""
+        return [leaf.value for leaf in self.leaves if isinstance(leaf, _Constant)]
+
     def rebuild(self, tensors: Sequence[Any], other: Callable[[Any], Any] = lambda value: value) -> Any:
         """The result with the given tensor leaves; ``other`` maps the leaves that are not tensors."""
         filled = [other(leaf.value) if isinstance(leaf, _Constant) else tensors[leaf] for leaf in self.leaves]
@@ -121,7 +125,8 @@ class Observed:
     constants: AsConstants | None = None
     before: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what the run changes in place, and copies
     outside: list[weakref.ref[nn.Module]] = field(default_factory=list)  # modules called that are not the root's own
-    assigned: list[tuple[str, str]] = field(default_factory=list)  # modules' paths and attributes: the last outputs
+    assigned: list[Assignment] = field(default_factory=list)  # their tensors are the last outputs
+    numbers: list[ChangedNumbers] = field(default_factory=list)
 
 
 class Root(nn.Module):
@@ -176,12 +181,19 @@ class Root(nn.Module):
             raise ArgumentError(
                 f"model: returns no floating-point tensor, so it has no derivative (it returned {result!r})"
             )
-        own = self.observed.semantics.own
-        new = {place: own(value) for place, value in assignments.values.items()}
-        kept = {place: getattr(self.get_submodule(place[0]), place[1], None) for place in new}
-        new = {place: value for place, value in new.items() if not _is_same(value, kept[place], known)}
-        self.observed.assigned = list(new)
-        return [*map(own, found), *new.values()]
+        self.observed.numbers = assignments.numbers
+        self.observed.assigned = [made for made in assignments.made if not self._is_there(made, known)]
+        new = [tensor for made in self.observed.assigned for tensor in made.tensors]
+        return [*map(self.observed.semantics.own, [*found, *new])]
+
+    def _is_there(self, made: Assignment, known: Mapping[int, Tensor]) -> bool:
+        """Whether a place has kept its tensors: after ``self.x += 1`` it is the one that stands for it here."""
+        try:
+            before = pytree.tree_leaves(follow(self.get_submodule(made.path or ""), made.keys))
+        except (AttributeError, LookupError):
+            return False
+        same = made.kind != "delete" and len(before) == len(made.tensors) == len(made.leaves)
+        return same and all(a is b or a is known.get(id(b)) for a, b in zip(made.tensors, before, strict=True))
 
     @contextmanager
     def _observe_modules(self, assignments: Assignments) -> Iterator[None]:
@@ -203,11 +215,6 @@ class Root(nn.Module):
             yield
         finally:
             handle.remove()
-
-
-def _is_same(value: Tensor, before: Any, known: Mapping[int, Tensor]) -> bool:
-    """Whether an attribute has kept its tensor: after ``self.x += 1`` it is the one that stands for it here."""
-    return value is before or value is known.get(id(before))
 
 
 def _check_loss(value: Any) -> None:
@@ -233,6 +240,19 @@ class Program:
     outside: Sequence[nn.Module] = ()
     constants: Sequence[tuple[Input, Any]] = ()  # buffers, and the values that the graph is for
     refused: list[str] = field(default_factory=list)
+    assignments: Sequence[Assignment] = ()  # their tensors are the last outputs
+    numbers: Sequence[ChangedNumbers] = ()  # in containers, and the run changes them
+    structures: Sequence[tuple[nn.Module, str, Any]] = ()  # attributes with containers, and what the graph is for
+
+    def assign(self, values: Sequence[Tensor]) -> None:
+        """Assign what the model assigns; the values are copied, for they may be any outputs or inputs."""
+        new = iter(values)
+        for made in self.assignments:
+            made.apply([next(new).clone() for _ in range(made.count)])
+
+    def has_its_structures(self) -> bool:
+        """Whether the containers that the model changes or computes with have what they had at capture."""
+        return all(structure(getattr(module, name, None)) == known for module, name, known in self.structures)
 
     @cached_property
     def draws(self) -> bool:

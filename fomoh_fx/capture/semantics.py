@@ -8,6 +8,7 @@ while the model runs under a frontend and records those facts as the operators o
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -85,12 +86,14 @@ class ReverseModeSemantics(TorchFunctionMode):
     Attributes:
         foreign: tensors that the model uses without owning them (captured by a closure, a plain attribute).
         before: those of them that the run changes in place, and copies from before.
+        made: what torch functions have returned.
     """
 
     def __init__(self, known: Mapping[int, Tensor], before: list[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.known, self.before = known, before
         self.foreign: dict[int, Tensor] = {}
+        self.made: list[weakref.ref[Tensor]] = []
         self._stopped_views: dict[int, tuple[Tensor, Tensor]] = {}  # by id: x.detach() or x.data, and x
         self._patches = ExitStack()
 
@@ -107,9 +110,16 @@ class ReverseModeSemantics(TorchFunctionMode):
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
         self._patches.close()
+        self._stopped_views.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        result = self._call(func, args, kwargs or {})
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        if not mutates(func):  # which returns what it was given
+            self.made += [weakref.ref(t) for t in results if isinstance(t, Tensor) and not _is_real(t)]
+        return result
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         if func in _GRAD_MODE:
             with torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)

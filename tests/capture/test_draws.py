@@ -58,3 +58,51 @@ def test_noise_is_refused():
 
     with pytest.raises(CaptureError, match="Draw with torch"):
         out_of(Noisy(3, 3))
+
+
+GLOBAL = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("place", ["attribute", "container", "global", "closure", "Random", "RandomState"])
+def test_a_generator_object_is_refused(place):
+    mine = random.Random(0)
+    kinds = {"Random": random.Random(0), "RandomState": np.random.RandomState(0)}
+    generator = kinds.get(place, np.random.default_rng(0))
+
+    class Noisy(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.generator, self.all = None, []
+            if place == "container":
+                self.all.append(generator)
+            elif place not in ("global", "closure"):
+                self.generator = generator
+
+        def forward(self, x):
+            source = {"container": self.all and self.all[0], "global": GLOBAL, "closure": mine}.get(place)
+            return super().forward(x) + (source or self.generator).random()
+
+    with pytest.raises(CaptureError, match="draws from the random numbers of .*Draw with torch"):
+        out_of(Noisy())
+
+
+def test_a_generator_from_entropy_is_refused():
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + np.random.default_rng().random()
+
+    with pytest.raises(CaptureError, match="makes a generator .*Draw with torch"):
+        out_of(Noisy(3, 3))
+
+
+def test_a_generator_that_is_not_drawn_from_is_no_matter():
+    class Seeded(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.generator = np.random.default_rng(0)
+
+        def forward(self, x):
+            return super().forward(x) + np.random.default_rng(3).random()
+
+    out, expected = out_of(Seeded())
+    torch.testing.assert_close(out.primal, expected)

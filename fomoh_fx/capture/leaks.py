@@ -1,0 +1,121 @@
+"""Tensors of a run that outlive it in what is no attribute of a model: a global list, the variable of a closure.
+
+What attributes have is carried: :mod:`fomoh_fx.capture.assignments`. Elsewhere a tensor of the tracer would stay for
+ever. The cache of a function (``functools.lru_cache``) is cleared: what it has is computed anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from types import CellType, FunctionType
+from typing import Any
+
+from torch import Tensor
+
+from fomoh_fx.capture.state import children, is_record
+from fomoh_fx.errors import CaptureError
+
+_Cache = type(functools.lru_cache(len))
+_Link: Any = getattr(functools, "_lru_list_elem", _Cache)
+_INNER = {dict, list, tuple, deque, set, CellType, _Link}
+_NOT_A_USERS = {"torch", "fomoh_fx", "numpy", *sys.stdlib_module_names}
+
+
+def refuse_kept(made: Iterable[weakref.ref[Tensor]], returned: Sequence[Any]) -> None:
+    """Refuse a model whose run has left its tensors where the model finds them again; from lists they are removed.
+
+    Args:
+        made: the tensors of the run.
+        returned: what the model returns beside tensors; it may have them.
+
+    Raises:
+        CaptureError: naming the place.
+    """
+    if not (alive := _alive(made)) or not gc.get_referrers(*alive):
+        return
+    del alive
+    gc.collect()  # contexts of autograd refer to themselves
+    allowed = set(_inside(returned))
+    caches, _ = _search(_alive(made), allowed)
+    for cache in caches:
+        cache.cache_clear()
+    alive = _alive(made)
+    _, where = _search(alive, allowed)
+    if where is not None:
+        _remove(alive)
+        raise CaptureError(
+            f"model: keeps a tensor that it computes in {where}, where later calls would find the first one for ever. "
+            "Keep it in a buffer or another attribute of a module, or return it"
+        )
+
+
+def _alive(made: Iterable[weakref.ref[Tensor]]) -> list[Tensor]:
+    return [tensor for ref in made if (tensor := ref()) is not None]
+
+
+def _inside(values: Iterable[Any], depth: int = 4) -> Iterable[int]:
+    for value in values:
+        yield id(value)
+        if depth and (inside := children(value)) is not None:
+            yield from _inside((inside, *inside.values()), depth - 1)
+
+
+def _search(tensors: Sequence[Tensor], allowed: set[int]) -> tuple[list[Any], str | None]:
+    """The caches of functions that the tensors are in, and the first variable or object of a user's that has one."""
+    caches: list[Any] = []
+    level: list[Any] = list(tensors)
+    for _ in range(5):
+        found = gc.get_referrers(*level) if level else []
+        ours = {id(level), id(tensors)}
+        following = []
+        for holder in found:
+            if id(holder) in ours or id(holder) in allowed:
+                continue
+            if type(holder) is _Cache:
+                caches.append(holder)
+            elif (where := _name(holder, level)) is not None:
+                return caches, where
+            elif type(holder) in _INNER:
+                following.append(holder)
+        level = following
+    return caches, None
+
+
+def _name(holder: Any, held: Sequence[Any]) -> str | None:
+    """A variable or an object of a user's code, as a person would name it."""
+    if isinstance(holder, FunctionType):
+        return f"a variable of the function {holder.__qualname__}" if is_a_users(holder.__module__) else None
+    if isinstance(holder, dict):
+        module = holder.get("__name__")
+        if not isinstance(module, str) or "__builtins__" not in holder or not is_a_users(module):
+            return None
+        ids = {id(value) for value in held}
+        return f"the global variable {module}.{next(name for name, value in holder.items() if id(value) in ids)}"
+    if type(holder) not in _INNER and is_record(holder) and is_a_users(type(holder).__module__):
+        return f"an object of type {type(holder).__name__}"
+    return None
+
+
+def is_a_users(module: str | None) -> bool:
+    """Whether a module of this name is a user's own code, or another library of models."""
+    return (module or "").partition(".")[0] not in _NOT_A_USERS
+
+
+def _remove(tensors: Sequence[Tensor]) -> None:
+    """Take the tensors out of the lists, deques and dictionaries that have them."""
+    ids = {id(tensor) for tensor in tensors}
+    for holder in gc.get_referrers(*tensors):
+        if holder is tensors:
+            continue
+        if type(holder) in (list, deque):
+            left = [value for value in holder if id(value) not in ids]
+            holder.clear()
+            holder.extend(left)
+        elif type(holder) is dict and "__builtins__" not in holder:  # a global variable needs to be there
+            for key in [key for key, value in holder.items() if id(value) in ids]:
+                del holder[key]

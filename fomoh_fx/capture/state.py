@@ -1,0 +1,105 @@
+"""Where a model keeps values between its calls: attributes of its modules, and the containers that are in them.
+
+A container is a dictionary, a list, a tuple, a deque, or an object with attributes of its own. A place leads to a value
+by a module and keys: the name of an attribute, and then keys, indices and names in the containers below it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+#: What every module has for itself.
+STANDARD = frozenset(vars(nn.Module()))
+_NOT_RECORDS = (type, Enum, nn.Module, Tensor, FunctionType, MethodType, BuiltinFunctionType)
+_NOT_A_MODELS = {"torch", "numpy", *sys.stdlib_module_names}
+_MOST = 10_000  # containers that are searched
+
+Keys = tuple[Any, ...]
+
+
+def children(value: Any) -> dict[Any, Any] | None:
+    """What is in a container, by key, index or name; None for what is no container."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, (list, tuple, deque)):
+        return dict(enumerate(value))
+    return vars(value) if is_record(value) else None
+
+
+def is_record(value: Any) -> bool:
+    """Whether it is an object that a model has for its data, as a dataclass."""
+    if isinstance(value, SimpleNamespace):
+        return True
+    if isinstance(value, _NOT_RECORDS) or not hasattr(value, "__dict__"):
+        return False
+    return type(value).__module__.partition(".")[0] not in _NOT_A_MODELS
+
+
+def containers(module: nn.Module) -> Iterator[tuple[Keys, Any]]:
+    """The containers in a module's attributes, each once."""
+    seen: set[int] = set()
+    todo = [((name,), value) for name, value in vars(module).items() if name not in STANDARD]
+    while todo and len(seen) < _MOST:
+        keys, value = todo.pop()
+        inside = children(value)
+        if inside is None or id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield keys, value
+        todo += [((*keys, key), child) for key, child in inside.items()]
+
+
+def place_of(module: nn.Module, tensor: Tensor) -> Keys | None:
+    """The keys that lead from the module to a tensor that is no parameter or buffer, if it has it."""
+    for name, value in vars(module).items():
+        if value is tensor:
+            return (name,)
+    for keys, container in containers(module):
+        for key, value in (children(container) or {}).items():
+            if value is tensor:
+                return (*keys, key)
+    return None
+
+
+def follow(module: nn.Module, keys: Sequence[Any]) -> Any:
+    """The value that the keys lead to.
+
+    Raises:
+        AttributeError, LookupError: there is none.
+    """
+    value: Any = getattr(module, keys[0])
+    for key in keys[1:]:
+        value = getattr(value, key) if is_record(value) else value[key]
+    return value
+
+
+def written(keys: Sequence[Any]) -> str:
+    """The keys as a person would write them, ``cache['h']``."""
+    first, *rest = keys
+    return first + "".join(f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]" for key in rest)
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def structure(value: Any, depth: int = 8) -> Any:
+    """What a graph depends on in a value beside the numbers of its tensors; two can be compared."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    inside = children(value) if depth else None
+    if inside is not None:
+        return type(value), [(key, structure(child, depth - 1)) for key, child in inside.items()]
+    return (type(value), repr(value)) if type(value) in _PLAIN else type(value)
+
+
+def has_tensors(value: Any, depth: int = 8) -> bool:
+    """Whether a tensor is in it."""
+    inside = (children(value) if depth else None) or {}
+    return isinstance(value, Tensor) or any(has_tensors(child, depth - 1) for child in inside.values())
