@@ -3,7 +3,8 @@
 T(x, v) = phi'(x)[v] is traced to a graph, from PyTorch's forward-mode formula or, where there is none, by transposing
 the reverse-mode one: T(x, v) = d/dg <v, phi'(x)^T g>. Its expansion by our own rules gives
 phi''(x)[x_i, x_j] = d/dx T(x, x_i)[x_j]. PyTorch's nested forward mode is never used: it is silently wrong for several
-operators. A custom autograd Function is served the same way, by its own backward.
+operators. A custom autograd Function is served the same way, by its own backward. Where that is a surrogate, the
+derivative of the gradient need not be symmetric: cross components are v_i^T (H + H^T)/2 v_j.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ from fomoh_fx.rules.registry import DEFAULT, Operator, Rule, overloads
 Function = Callable[..., Any]
 
 
-def from_jvp(push: Callable[..., Any], kind: str = "jvp") -> Rule:
+def from_jvp(push: Callable[..., Any], kind: str = "jvp", symmetric: bool = True) -> Rule:
     """The rule of an operator whose first derivative is given as a function.
 
     Args:
+        symmetric: False where ``push`` may be no true derivative, so that the second one depends on the order of the
+            directions: components then have its symmetric part.
         push: ``push(op, active, tangents, *args, **kwargs)`` returns phi'(x)[v] in the structure of the output, written
             in differentiable torch functions of the primals; ``active`` numbers the tensor leaves of ``args`` and
             ``kwargs`` that have a component and ``tangents`` are theirs. The second derivative is derived from it.
@@ -59,7 +62,7 @@ def from_jvp(push: Callable[..., Any], kind: str = "jvp") -> Rule:
             args, kwargs = pytree.tree_unflatten([at.get(i, p) for i, p in enumerate(plain)], spec)
             return pytree.tree_leaves(push(op, which, vs, *args, **kwargs))
 
-        derivative = _Derivative(first, active, [plain[i] for i in active])
+        derivative = _Derivative(first, active, [plain[i] for i in active], symmetric)
         duals = [leaves[i] for i in active]
         tangent = derivative.first([d.tangent for d in duals])
         cross: Sequence[Tensor | None] | None = None
@@ -121,8 +124,10 @@ def _sum(a: Sequence[Tensor | None] | None, b: Sequence[Tensor | None] | None) -
 class _Derivative:
     """T(x, v) and d/dx T(x, v)[u] as graphs of their own, applied to stacks."""
 
-    def __init__(self, push: Callable[..., list[Tensor]], active: Sequence[int], xs: Sequence[Tensor]) -> None:
-        self.push, self.active, self.xs = push, active, xs
+    def __init__(
+        self, push: Callable[..., list[Tensor]], active: Sequence[int], xs: Sequence[Tensor], symmetric: bool
+    ) -> None:
+        self.push, self.active, self.xs, self.symmetric = push, active, xs, symmetric
 
     def _abstract(self) -> ExitStack:
         """Graphs are recorded apart from a trace under way, on fake tensors also where the rule runs on real ones."""
@@ -155,7 +160,10 @@ class _Derivative:
         if components.spans_pairs:
             rows, columns = components.indices(self.xs[0].device)
             left, right = ([s.index_select(0, i) for s in stacks] for i in (rows, columns))
-        values = dict(zip(layout.tangents, self._over_stacks(module, [*left, *right]), strict=True))
+        found = self._over_stacks(module, [*left, *right])
+        if components.spans_pairs and not self.symmetric:
+            found = [0.5 * (a + b) for a, b in zip(found, self._over_stacks(module, [*right, *left]), strict=True)]
+        values = dict(zip(layout.tangents, found, strict=True))
         full = [values.get(i) for i in range(layout.primals)]
         return full if components.spans_pairs else [None if v is None else components.reduce(v) for v in full]
 
@@ -297,7 +305,8 @@ def synthesize(op: Operator) -> Rule:
                 reasons.append(f"{derive.__name__}: {_first_line(error)}")
         raise UnsupportedOpError("no rule, and PyTorch has no derivative to make one from (" + "; ".join(reasons) + ")")
 
-    return from_jvp(push, kind="synthesised")
+    is_pytorchs = isinstance(op, OpOverload) and op.namespace in ("aten", "prims")
+    return from_jvp(push, kind="synthesised", symmetric=is_pytorchs)
 
 
 def _has_autograd(op: Any) -> bool:
@@ -329,7 +338,7 @@ def _push_function(op: Any, which: Sequence[int], tangents: Sequence[Tensor], in
         ) from error
 
 
-_BY_BACKWARD = from_jvp(_push_function)
+_BY_BACKWARD = from_jvp(_push_function, symmetric=False)  # a surrogate has any backward
 
 
 def _function(op: Any, components: Components, inputs: Any, call: int) -> Any:
