@@ -188,7 +188,9 @@ def timed(run, device):
 
 
 def spread(values):
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean and standard deviation; NaN where a run diverged."""
+    figures = torch.tensor(values, dtype=torch.float64)
+    return figures.mean().item(), figures.std().item() if len(values) > 1 else 0.0
 
 
 def summary(methods, runs, costs):
