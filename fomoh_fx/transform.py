@@ -132,7 +132,8 @@ class HyperDualModule(nn.Module):
         modes = modes_of(self.module, self.loss)
         for specialization in self._traced:
             stacks = specialization.stacks_of(tangents)
-            if specialization.program.constants or specialization.program.structures:  # Dynamo cannot read whether they are as they were
+            program = specialization.program
+            if program.constants or program.structures:  # Dynamo cannot read whether they are as they were
                 continue
             if stacks is not None and specialization.fits(tensors, stacks, others, modes):
                 return specialization(tensors, stacks)

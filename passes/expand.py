@@ -21,7 +21,7 @@ from fomoh_fx.errors import FomohError, UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined, primal_of
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.label import label, label_rest, renamed
-from fomoh_fx.passes.normalize import explained, inputs_of, last_line
+from fomoh_fx.passes.normalize import explained, failed, inputs_of
 from fomoh_fx.passes.retrace import in_body, last_node, retrace
 from fomoh_fx.rules.registry import RULES, Operator, rule_for
 
@@ -94,7 +94,7 @@ class Expander(fx.Interpreter):
         except FomohError as error:
             raise type(error)(explained(n, str(error))) from error
         except Exception as error:
-            raise UnsupportedOpError(explained(n, f"its rule failed with {last_line(error)}")) from error
+            raise UnsupportedOpError(failed(n, "its rule", error)) from error
 
     def _copied(self, body: fx.GraphModule) -> Callable[..., Any]:
         """A body without components, to be labelled when the operator runs it."""

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from fomoh_fx.errors import FomohError, UnsupportedOpError
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.activity import analyse, carries_derivative
+from fomoh_fx.passes.data_sizes import ADVICE, has_sizes_from_data, is_decided_by_data
 from fomoh_fx.passes.dataflow import draws
 from fomoh_fx.passes.label import label_rest
 from fomoh_fx.passes.retrace import in_body, is_composite_implicit, last_node, recorded_nodes, retrace
@@ -65,7 +66,7 @@ class _Normalizer(fx.Interpreter):
         except FomohError as error:
             raise type(error)(explained(n, str(error))) from error
         except Exception as error:
-            raise UnsupportedOpError(explained(n, f"its body failed with {last_line(error)}")) from error
+            raise UnsupportedOpError(failed(n, "its body", error)) from error
         finally:
             self.table.active = outside
         source = provenance.of(n).source
@@ -117,10 +118,24 @@ class _Normalizer(fx.Interpreter):
 
 def explained(node: fx.Node, reason: str) -> str:
     """The text of an error about a node: the operator, the reason, the user's line, what to do."""
-    source = provenance.of(node).source
-    where = f"\n  at {source}" if source else ""
     name = spelled(node.target)
-    return f"operator {name}: {reason}{where}\n  fomoh_fx.register_rule({name}, rule) gives it a rule"
+    has_rule = not reason.startswith("no rule")
+    registers = f"fomoh_fx.register_rule({name}, rule) gives it a rule"
+    advice = ADVICE if has_rule and has_sizes_from_data(node) else registers
+    return f"operator {name}: {reason}{_where(node)}\n  {advice}"
+
+
+def failed(node: fx.Node, what: str, error: Exception) -> str:
+    """The text of an error that is not ours: PyTorch's own where it fails, the data's part in plain words."""
+    if is_decided_by_data(error):
+        name = spelled(node.target)
+        return f"operator {name}: {what} needs a size or a value that only the data decide{_where(node)}\n  {ADVICE}"
+    return explained(node, f"{what} failed with {last_line(error)}")
+
+
+def _where(node: fx.Node) -> str:
+    source = provenance.of(node).source
+    return f"\n  at {source}" if source else ""
 
 
 def last_line(error: Exception) -> str:

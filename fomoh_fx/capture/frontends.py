@@ -19,12 +19,11 @@ from torch import Tensor, fx, nn
 from torch._export.utils import _compiling_state_context
 from torch._inductor import config as inductor_config
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import _trace
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomoh_fx.capture.assignments import COMPUTED_FROM, remembered
@@ -37,6 +36,7 @@ from fomoh_fx.capture.program import Call, Input, Output, Program, Root
 from fomoh_fx.capture.state import STANDARD, Keys, children, place_of, structure, written
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
 from fomoh_fx.passes.activity import analyse, ancestors, carries_derivative
+from fomoh_fx.passes.data_sizes import ADVICE, DECIDED_BY_DATA
 from fomoh_fx.passes.dataflow import is_effectful_call
 from fomoh_fx.passes.provenance import source_line
 from fomoh_fx.rules.other_libraries import register_present
@@ -160,7 +160,7 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
             raise
         except Exception as error:
             refused.append(f"{name}: {_reason(error)}")
-            decided_by_data |= isinstance(error, _DECIDED_BY_DATA)
+            decided_by_data |= isinstance(error, DECIDED_BY_DATA)
             if dynamic_shapes is not None:  # only torch.export captures them
                 reasons = refusals(error, names) or [_reason(error)]
                 kind = _DecidedByData if decided_by_data else CaptureError
@@ -172,7 +172,7 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         _name_inputs(program)
         _note_assignments(program, root)
         return program
-    kind, lines = (_DecidedByData, [*refused, _ADVICE]) if decided_by_data else (CaptureError, refused)
+    kind, lines = (_DecidedByData, [*refused, ADVICE]) if decided_by_data else (CaptureError, refused)
     return kind("\n  ".join(["model: no frontend could capture it as one graph", *lines]))
 
 
@@ -263,13 +263,6 @@ def _containers_kept(root: Root) -> Iterator[None]:
         for module, name, value in before:
             if name in vars(module) and vars(module)[name] is not value:
                 vars(module)[name] = value
-
-
-_DECIDED_BY_DATA = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
-_ADVICE = (
-    "the values of tensors decide a branch, a loop or a shape there: write it with torch.where, torch.cond or a mask "
-    "over all cases, or let a Python number decide"
-)
 
 
 def _distinct(root: Root) -> tuple[Tensor, ...]:
