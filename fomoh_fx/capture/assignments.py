@@ -25,6 +25,9 @@ COMPUTED_FROM = WeakIdKeyDictionary()
 
 _MISSING = object()
 _NUMBERS = (int, float)
+_FLAGS = (bool, str, type(None))
+#: Where a module has the hooks of its forward: a model may install some at its first call, and note that it has.
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith("_forward_"))
 
 
 @dataclass
@@ -116,6 +119,9 @@ class Assignments:
         self._watched: list[_Watched] = []
         self._parameters: list[tuple[nn.Module, dict[str, Any]]] = []
         self._containers: set[int] = set()
+        self._hooks = [
+            (hooks, len(hooks)) for m in root.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        ]
         for path, module in root.named_modules():
             self.watch(module, path)
 
@@ -124,6 +130,9 @@ class Assignments:
         self._parameters.append((module, dict(module._parameters)))
         for holder in (vars(module), module._buffers):
             self._watched.append(_Watched(path, (), module, holder, dict(holder)))
+        for name in _HOOKS:
+            hooks = vars(module)[name]
+            self._watched.append(_Watched(path, (name,), module, hooks, dict(hooks)))
         for keys, value in containers(module) if path != "" else ():  # the root's own are the call's
             self._containers.add(id(value))
             if isinstance(value, (list, deque)):
@@ -171,7 +180,7 @@ class Assignments:
                 if keys:  # those of modules are observed as they change
                     self._note_numbers(watched, key, partial(holder.__setitem__, key), old, new)
                 continue
-            if not keys and not (has_tensors(new) or has_tensors(old) or type(new) in (bool, str, type(None))):
+            if not keys and not (has_tensors(new) or has_tensors(old) or type(new) in _FLAGS):
                 continue
             if old is _MISSING:
                 del holder[key]

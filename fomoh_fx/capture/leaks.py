@@ -36,15 +36,14 @@ def refuse_kept(made: Iterable[weakref.ref[Tensor]], returned: Sequence[Any]) ->
     Raises:
         CaptureError: naming the place.
     """
-    if not (alive := _alive(made)) or not gc.get_referrers(*alive):
-        return
-    del alive
-    gc.collect()  # contexts of autograd refer to themselves
     allowed = set(_inside(returned))
-    caches, _ = _search(_alive(made), allowed)
+    if _search(_alive(made, allowed), allowed) == ([], None):
+        return
+    gc.collect()  # contexts of autograd refer to themselves
+    caches, _ = _search(_alive(made, allowed), allowed)
     for cache in caches:
         cache.cache_clear()
-    alive = _alive(made)
+    alive = _alive(made, allowed)
     _, where = _search(alive, allowed)
     if where is not None:
         _remove(alive)
@@ -54,11 +53,11 @@ def refuse_kept(made: Iterable[weakref.ref[Tensor]], returned: Sequence[Any]) ->
         )
 
 
-def _alive(made: Iterable[weakref.ref[Tensor]]) -> list[Tensor]:
-    return [tensor for ref in made if (tensor := ref()) is not None]
+def _alive(made: Iterable[weakref.ref[Tensor]], but: set[int]) -> list[Tensor]:
+    return [tensor for ref in made if (tensor := ref()) is not None and id(tensor) not in but]
 
 
-def _inside(values: Iterable[Any], depth: int = 4) -> Iterable[int]:
+def _inside(values: Iterable[Any], depth: int = 6) -> Iterable[int]:
     for value in values:
         yield id(value)
         if depth and (inside := children(value)) is not None:

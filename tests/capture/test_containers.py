@@ -358,3 +358,22 @@ def test_the_cache_of_a_function_has_no_tensor_of_the_tracer():
     check_calls(model, (4, 4))
     assert type(table(2)) is type(table_and_more(2)["table"][0]) is torch.Tensor
     check_calls(model, (4,))
+
+
+def test_hooks_that_a_model_installs_once():
+    class Installs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.weight, self.installed = nn.Linear(3, 3), torch.ones(3), False
+
+        def forward(self, x):
+            if not self.installed:
+                self.layer.register_forward_hook(lambda module, args, out: out * 2)
+                self.installed = True
+            return self.layer(x) * self.weight  # a tensor of its own, for which a model is captured twice
+
+    model, x = Installs(), torch.randn(2, 3)
+    hd, reference = fomoh_fx.transform(model), copy.deepcopy(model)
+    for _ in range(3):
+        torch.testing.assert_close(hd(x, tangents={"layer.bias": torch.ones(1, 3)}).primal, reference(x).detach())
+    assert len(model.layer._forward_hooks) == 1
