@@ -200,9 +200,9 @@ class Assignments:
             self._note_numbers(watched, None, partial(_fill, watched.holder), before, now)
             return []
         _fill(watched.holder, before)
-        if before and len(now) > len(before) and _are_same(now[: len(before)], before):
-            if getattr(watched.holder, "maxlen", None) is None:
-                self._growing = watched
+        is_longer = len(now) > len(before) > 0 and _are_same(now[: len(before)], before)
+        if is_longer and getattr(watched.holder, "maxlen", None) is None:
+            self._growing = watched
         return [self._taken_out(watched.path, watched.keys, "contents", now, False)]
 
     def _note_numbers(self, watched: _Watched, key: Any, put: Callable[[Any], None], before: Any, after: Any) -> None:
