@@ -69,13 +69,13 @@ class Assignment:
             if source is not None:
                 COMPUTED_FROM[tensor] = source
         new = iter(tensors)
-        value = None
+        value: Any = None
         if self.spec is not None:
             value = pytree.tree_unflatten([next(new) if leaf is None else leaf[0] for leaf in self.leaves], self.spec)
         if self.kind == "contents":
             _fill(follow(self.module, self.keys), value)
             return
-        holder = self.module if len(self.keys) == 1 else follow(self.module, self.keys[:-1])
+        holder: Any = self.module if len(self.keys) == 1 else follow(self.module, self.keys[:-1])
         by_name = holder is self.module or is_record(holder)
         if self.kind == "set":
             setattr(holder, self.keys[-1], value) if by_name else holder.__setitem__(self.keys[-1], value)
@@ -128,6 +128,7 @@ class Assignments:
     def watch(self, module: nn.Module, path: str | None = None) -> None:
         """Watch a module; without a path, only to put its attributes back."""
         self._parameters.append((module, dict(module._parameters)))
+        holder: Any
         for holder in (vars(module), module._buffers):
             self._watched.append(_Watched(path, (), module, holder, dict(holder)))
         for name in _HOOKS:

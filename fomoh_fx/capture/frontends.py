@@ -206,7 +206,7 @@ def _note_assignments(program: Program, root: Root) -> None:
     program.assignments, program.numbers = kept, root.observed.numbers
     deep = [(made.module, made.keys[0]) for made in root.observed.assigned if not made.is_tensor]
     deep += [(what.module, what.attribute) for what in used if what.inside]
-    attributes = {(id(module), name): (module, name) for module, name in deep}
+    attributes = {(id(module), name): (module, name) for module, name in deep if module is not None}
     program.structures = [
         (module, name, structure(getattr(module, name, None))) for module, name in attributes.values()
     ]

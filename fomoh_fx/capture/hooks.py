@@ -99,7 +99,7 @@ def _register_hook(self: Tensor, hook: Callable[..., Any]) -> _Handle:
 
 
 def _grad_fn(self: Tensor) -> Any:
-    node = torch._C.TensorBase.grad_fn.__get__(self)  # type: ignore[attr-defined]
+    node: Any = torch._C.TensorBase.grad_fn.__get__(self)  # type: ignore[union-attr]
     return node if node is None or is_hidden(sys._getframe(1).f_code.co_filename) else _Node(node)
 
 

@@ -53,7 +53,8 @@ class Input:
             return arguments[self.index]
         if self.tensor is not None:
             return self.tensor
-        return follow(self.module, self.keys) if self.inside else getattr(self.module, self.attribute)
+        assert self.module is not None
+        return follow(self.module, self.keys)
 
 
 @dataclass(frozen=True)

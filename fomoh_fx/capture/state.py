@@ -45,7 +45,7 @@ def is_record(value: Any) -> bool:
 def containers(module: nn.Module) -> Iterator[tuple[Keys, Any]]:
     """The containers in a module's attributes, each once."""
     seen: set[int] = set()
-    todo = [((name,), value) for name, value in vars(module).items() if name not in STANDARD]
+    todo: list[tuple[Keys, Any]] = [((name,), value) for name, value in vars(module).items() if name not in STANDARD]
     while todo and len(seen) < _MOST:
         keys, value = todo.pop()
         inside = children(value)
