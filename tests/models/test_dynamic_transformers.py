@@ -5,7 +5,6 @@ import pytest
 from tests.models.test_dynamic_shapes import check_dynamic
 from tests.models.test_transformers import CASES
 
-
 #: What does not hold yet, and why.
 OPEN = {
     "pvt": "with dynamic dimensions random numbers are drawn in another order than the model draws them",
