@@ -11,7 +11,7 @@ an active higher-order operator is normalised as if all of its inputs were activ
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,8 +100,8 @@ class _Normalizer(fx.Interpreter):
         captured = self.current.args[0] if self.current is not None and args else None
         if not isinstance(captured, fx.Node) or not isinstance(args[0], Tensor):
             return args
-        x, stride = args[0], captured.meta["val"].stride()
-        if x.stride() == stride or not all(isinstance(n, int) for n in (*x.shape, *x.stride(), *stride)):
+        x, stride = args[0], _known(captured.meta["val"].stride())
+        if None in stride or _known(x.stride()) == stride:  # sizes that only the data decide have no order
             return args
         order = sorted(range(x.ndim), key=lambda d: stride[d], reverse=True)
         stored = x.permute(order).clone(memory_format=torch.contiguous_format)
@@ -114,6 +114,11 @@ class _Normalizer(fx.Interpreter):
             seeds = [n for n in inputs_of(body) if carries_derivative(n)]
             active = analyse(body.graph, seeds, [r for r in results_of(body) if isinstance(r, fx.Node)]).active
         return in_body(_Normalizer(body, active, self.table).run)
+
+
+def _known(sizes: Sequence[Any]) -> list[Any]:
+    """The sizes, dynamic ones as they are at capture, None for those that only the data decide: no guard is made."""
+    return [n if isinstance(n, int) else n.node.hint for n in sizes]
 
 
 def explained(node: fx.Node, reason: str) -> str:

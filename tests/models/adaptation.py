@@ -71,7 +71,7 @@ def orthogonal_by_householder() -> Problem:
 
 @problem
 def pruned_weights() -> Problem:
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()  # plain attributes stay as they are
     with torch.no_grad():  # so that the product of weight and mask is a plain attribute until the first call
         prune.l1_unstructured(model[0], "weight", amount=0.4)
         prune.ln_structured(model[2], "weight", amount=2, n=2, dim=1)

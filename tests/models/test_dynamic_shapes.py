@@ -182,8 +182,7 @@ SLOW = [
     "low_rank_adaptation", "parametrised_weights", "set_prediction", "retention", "point_net", "recurrent_cells",
 ]  # fmt: skip
 FIXED_SCAN = pytest.mark.xfail(raises=UnsupportedOpError, strict=True, reason="cumprod scans a length that is fixed")
-TRACED_AGAIN = pytest.mark.xfail(raises=AssertionError, reason="a run of the model itself leaves another attribute")
-MARKS = {**dict.fromkeys(SLOW, pytest.mark.slow), "radiance_field": FIXED_SCAN, "pruned_weights": TRACED_AGAIN}
+MARKS = {**dict.fromkeys(SLOW, pytest.mark.slow), "radiance_field": FIXED_SCAN}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, [])) for n in PROBLEMS])

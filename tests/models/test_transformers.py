@@ -120,7 +120,7 @@ def waveform() -> dict[str, Any]:
 
 
 def text_around_an_image() -> dict[str, Any]:
-    ids = torch.randint(3, 40, (BATCH, 8))
+    ids = torch.randint(3, 40, (BATCH, 7))  # no size of the image, with which it would vary
     is_image = torch.zeros_like(ids)
     ids[:, 1:5], is_image[:, 1:5] = 47, 1
     return {"input_ids": ids, "token_type_ids": is_image, "use_cache": False, **pixels(8)()}
