@@ -1,7 +1,8 @@
 """Numbers among a model's attributes, and in containers there, that are others after every call: ``self.step += 1``.
 
 A graph has an attribute as a constant. That is right where nothing depends on it, or where it stays after the first
-call, as the largest length that a cache was made for.
+call, as the largest length that a cache was made for. Whether something depends on it is found by capturing again with
+other numbers; that the model does something at one call alone, ``if self.step == 100``, is not found.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from fomoh_fx.capture.program import Program
 from fomoh_fx.errors import CaptureError
 
 _NUMBERS = (int, float)
+#: Numbers at which a count is looked at again: a model may depend on it only from some call on, or at every n-th.
+_LATE, _ROUND = 10**6 + 3, 2**10 * 3**3 * 5**6 * 7 * 11 * 13
 
 
 def refuse_counted(capture: Callable[[], Program]) -> Program:
@@ -35,16 +38,31 @@ def refuse_counted(capture: Callable[[], Program]) -> Program:
         for change in first.values():
             change.put(change.after)
         again, second = _observed(capture)
+        counted = [change for key, change in first.items() if key in second]
+        depends = bool(counted) and not same_graph(program, again)
+        for later in zip(*map(_later, counted), strict=True):
+            if not depends:
+                for change, number in zip(counted, later, strict=True):
+                    change.put(number)
+                depends = not same_graph(program, _observed(capture)[0])
     finally:
         _undo(first.values())
-    counted = [change for key, change in first.items() if key in second]
-    if counted and not same_graph(program, again):
+    if depends:
         names = " and ".join(change.name for change in counted)
         raise CaptureError(
             f"model: changes the number {names} at every call, and computes with it, so the graph would have its first "
             "value for ever. Keep it as a tensor in a buffer, or pass it as an argument"
         )
     return program
+
+
+def _later(change: ChangedNumbers) -> tuple[Any, ...]:
+    """What the number may be at other calls, before they change it; what is in a list stays as it is after one."""
+    if type(change.before) not in _NUMBERS:
+        return (change.after,) * 3
+    step = change.after - change.before
+    far = _ROUND if step > 0 else -_ROUND
+    return change.before + _LATE * step, far - step, far
 
 
 def _observed(capture: Callable[[], Program]) -> tuple[Program, dict[Any, ChangedNumbers]]:

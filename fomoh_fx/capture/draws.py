@@ -49,9 +49,10 @@ def refuse_drawn(capture: Callable[[], Program], *models: Any) -> Program:
     if after == before:
         return program
     for end in _ENDS:
+        before = _state()
         with _draws_at(end):
             again = capture()
-        if not same_graph(program, again):
+        if _state() != before or not same_graph(program, again):  # other draws may give the same again by chance
             raise CaptureError(
                 "model: draws from Python's or NumPy's random numbers while it runs, and computes with them, so the "
                 "graph would have the numbers of its first call for ever. Draw with torch, or pass them as arguments"

@@ -45,6 +45,41 @@ def test_a_count_that_the_result_depends_on_is_refused():
     assert model.calls == 0
 
 
+@pytest.mark.parametrize("first", [4, 700, 90_000])
+def test_a_count_that_the_result_depends_on_only_later_is_refused(first):
+    class WarmsUp(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            y = super().forward(x)
+            return 2 * y if self.calls > first else y
+
+    with pytest.raises(CaptureError, match="changes the number WarmsUp.calls at every call"):
+        call(WarmsUp())
+
+
+@pytest.mark.parametrize("every", [7, 10, 64, 500])
+@pytest.mark.parametrize("counted_first", [True, False])
+def test_what_every_few_calls_do_is_refused(every, counted_first):
+    class Sometimes(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.calls = 1
+
+        def forward(self, x):
+            self.calls += counted_first
+            y = super().forward(x)
+            y = 2 * y if self.calls % every == 0 else y
+            self.calls += not counted_first
+            return y
+
+    with pytest.raises(CaptureError, match="changes the number Sometimes.calls at every call"):
+        call(Sometimes())
+
+
 @pytest.mark.parametrize("model", [Counts(used=False), Caches()], ids=["count", "cache"])
 def test_a_number_that_does_not_matter_is_captured(model):
     out, x = call(model)

@@ -60,6 +60,24 @@ def test_noise_is_refused():
         out_of(Noisy(3, 3))
 
 
+PYTHON_S_DRAW = random.random
+OTHER_DRAWS = {
+    "randint": lambda: random.randint(0, 1),
+    "choice": lambda: random.choice([0, 1]),
+    "numpy-randint": lambda: np.random.randint(0, 2),
+    "by-another-name": lambda: PYTHON_S_DRAW(),
+}
+
+
+@pytest.mark.parametrize("draw", OTHER_DRAWS)
+@pytest.mark.parametrize("seed", range(6))
+def test_draws_that_cannot_be_set_are_refused_whatever_they_give(draw, seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    with pytest.raises(CaptureError, match="Draw with torch"):
+        out_of(DropsLayers(0.5, OTHER_DRAWS[draw]))
+
+
 GLOBAL = np.random.default_rng(0)
 
 
