@@ -21,7 +21,7 @@ class Replay:
 
     def __init__(self, hd: HyperDualModule, batch: Batch, buffers: Buffers) -> None:
         self.hd, self.batch, self.random = hd, batch, RandomState(hd.module)
-        self.buffers = {(id(module), name): kept for module, name, _, kept in buffers.kept}
+        self.buffers = {(id(module), name): kept for module, _, name, _, kept in buffers.kept}
 
     @property
     def is_alike(self) -> bool:

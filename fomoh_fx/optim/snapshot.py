@@ -10,21 +10,22 @@ from torch import Tensor, nn
 
 
 class Buffers:
-    """A module's buffers and copies of them: an evaluation changes one in place, or assigns another."""
+    """A module's buffers and tensor attributes, and copies: an evaluation changes one in place, or assigns another."""
 
     def __init__(self, module: nn.Module) -> None:
-        copies = {id(buffer): buffer.clone() for buffer in module.buffers()}
-        places = [(m, name, b) for m in module.modules() for name, b in m.named_buffers(recurse=False)]
-        self.kept = [(m, name, b, copies[id(b)]) for m, name, b in places]
+        holders = [(m, holder) for m in module.modules() for holder in (m._buffers, vars(m))]
+        places = [(m, holder, name, t) for m, holder in holders for name, t in holder.items() if isinstance(t, Tensor)]
+        copies = {id(tensor): tensor.clone() for *_, tensor in places}
+        self.kept = [(m, holder, name, t, copies[id(t)]) for m, holder, name, t in places]
 
     def restore(self, unless: Tensor | None = None) -> None:
-        """Put the buffers back, or leave them where ``unless``, a 0-dim bool, is True."""
-        for module, name, buffer, kept in self.kept:
-            if module._buffers[name] is not buffer:
+        """Put them back, or leave them where ``unless``, a 0-dim bool, is True."""
+        for _, holder, name, tensor, kept in self.kept:
+            if holder.get(name) is not tensor:
                 if unless is None or not unless:
-                    module._buffers[name] = buffer
-                continue
-            buffer.copy_(kept if unless is None else torch.where(unless.to(kept.device), buffer, kept))
+                    holder[name] = tensor
+            elif torch._debug_has_internal_overlap(tensor) != 1:  # nothing changes an expanded one in place
+                tensor.copy_(kept if unless is None else torch.where(unless.to(kept.device), tensor, kept))
 
 
 class RandomState:

@@ -275,16 +275,23 @@ def test_targets_are_checked():
         FGD(hd).step(x, targets=y)
 
 
-def test_a_nan_leaves_assigned_buffers_as_they_were():
+@pytest.mark.parametrize("is_buffer", [True, False])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_nan_leaves_the_state_of_a_model_as_it_was(is_buffer, in_place):
     class Averaging(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = nn.Linear(2, 1)
-            self.register_buffer("mean", torch.zeros(1))
+            if is_buffer:
+                self.register_buffer("mean", torch.zeros(1))
+            else:
+                self.mean = torch.zeros(1)
+            self.table = torch.zeros(1).expand(5)
 
         def forward(self, x):
             y = self.layer(x)
-            self.mean = 0.5 * self.mean + y.detach().mean(0)
+            mean = 0.5 * self.mean + y.detach().mean(0)
+            self.mean = self.mean.copy_(mean) if in_place else mean
             return (y - self.mean).square().sum()
 
     model = Averaging()
