@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,11 +32,22 @@ SECOND_ORDERS = ("plane", "diagonal", "trace", None)
 
 
 #: What `_pair_indices` made, for each trace under way and for eager computation.
-_PAIRS: WeakKeyDictionary[Any, dict[tuple[int, torch.device], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+_PAIRS: WeakKeyDictionary[Any, dict[tuple[int, torch.device], PairIndices]] = WeakKeyDictionary()
 
 
-def _pair_indices(directions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows and columns of the pairs i <= j: (0,0), (0,1), .. (0,K-1), (1,1), ..; constants also inside a trace.
+class PairIndices(NamedTuple):
+    """The pairs i <= j in the order (0,0), (0,1), .. (0,K-1), (1,1), ..: int64 tensors.
+
+    ``rows`` and ``columns`` hold the first and the second direction of each, and ``diagonal`` where (i,i) stands.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    diagonal: Tensor
+
+
+def _pair_indices(directions: int, device: torch.device) -> PairIndices:
+    """Constants also inside a trace.
 
     Each trace has tensors of its own: one that the body of a higher-order operator holds too, PyTorch would look for
     in there.
@@ -46,7 +57,8 @@ def _pair_indices(directions: int, device: torch.device) -> tuple[Tensor, Tensor
     if (directions, device) not in made:
         with unset_fake_temporarily(), disable_proxy_modes_tracing():
             rows, columns = torch.triu_indices(directions, directions, device=device)
-            made[directions, device] = rows.clone(), columns.clone()
+            diagonal = (rows == columns).nonzero().flatten()
+            made[directions, device] = PairIndices(rows.clone(), columns.clone(), diagonal)
     return made[directions, device]
 
 
@@ -93,30 +105,38 @@ class Components:
         """Whether a component joins two different directions."""
         return self.second_order == "plane" and self.directions > 1
 
-    def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The first and the second direction of every plane component, two int64 tensors of shape [C]."""
+    def indices(self, device: torch.device) -> PairIndices:
+        """Which directions the plane's components join."""
         return _pair_indices(self.directions, device)
+
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A stack at the first and at the second direction of every pair: [K, ...] -> two of [P, ...]."""
+        if not self.spans_pairs:
+            return x, x
+        rows, columns, _ = self.indices(x.device)
+        return x.index_select(0, rows), x.index_select(0, columns)
+
+    def diagonal(self, pairs: Tensor) -> Tensor:
+        """The pairs (i, i) of what there is for every pair: [P, ...] -> [K, ...]."""
+        return pairs.index_select(0, self.indices(pairs.device).diagonal) if self.spans_pairs else pairs
 
     def square(self, x: Tensor) -> Tensor:
         """sum_ij S_c,ij x_i x_j elementwise: [K, ...] -> [C, ...]."""
-        if self.spans_pairs:
-            rows, columns = self.indices(x.device)
-            return x.index_select(0, rows) * x.index_select(0, columns)
-        return self.reduce(x * x)
+        x_i, x_j = self.ends(x)
+        return self.reduce(x_i * x_j)
 
     def product(self, phi: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor) -> Tensor:
         """sum_ij S_c,ij (phi(x_i, w_j) + phi(x_j, w_i)) for a phi that is bilinear and maps leading axes alike."""
-        if self.spans_pairs:
-            rows, columns = self.indices(x.device)
-            forth = phi(x.index_select(0, rows), w.index_select(0, columns))
-            return forth + phi(x.index_select(0, columns), w.index_select(0, rows))
-        return self.reduce(phi(x, w)) * 2
+        if not self.spans_pairs:
+            return self.reduce(phi(x, w)) * 2
+        (x_i, x_j), (w_i, w_j) = self.ends(x), self.ends(w)
+        return phi(x_i, w_j) + phi(x_j, w_i)
 
     def gather(self, table: Tensor, row: int = 0, column: int = 1) -> Tensor:
         """sum_ij S_c,ij (T_ij + T_ji) of a table with K at the axes ``row`` and ``column``: -> [C, ...]."""
         table = table.movedim((row, column), (0, 1))
         if self.spans_pairs:
-            rows, columns = self.indices(table.device)
+            rows, columns, _ = self.indices(table.device)
             return table[rows, columns] + table[columns, rows]
         return self.reduce(table.diagonal(dim1=0, dim2=1).movedim(-1, 0)) * 2
 

@@ -1,12 +1,9 @@
-"""Bilinear operators, products above all.
-
-y_i = phi(x_i, w) + phi(x, w_i) and y_c = phi(x_c, w) + phi(x, w_c) + sum_ij S_c,ij (phi(x_i, w_j) + phi(x_j, w_i)).
-"""
+"""Bilinear operators, products above all: what each gives the product rule (products.py) to work with."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,41 +11,14 @@ from torch import Tensor
 
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, add
+from fomoh_fx.rules.products import Forms, Phi, expand, fewer_products_pay, intensity
 from fomoh_fx.rules.registry import Composite, Rule, register
 from fomoh_fx.rules.stacking import batched, fold, primals
 
 aten = torch.ops.aten
-Phi = Callable[[Tensor, Tensor], Tensor]
 
-
-@dataclass(frozen=True)
-class Forms:
-    """How a product is taken with stacks of components: of the left factor, of the right, and of all pairs.
-
-    ``pairs`` maps ([K, ..], [K, ..]) to sum_ij S_c,ij (phi(x_i, w_j) + phi(x_j, w_i)).
-    """
-
-    left: Phi
-    right: Phi
-    pairs: Callable[[Components, Tensor, Tensor], Tensor]
-
-
-def expand(forms: Forms, components: Components, y: Tensor, x: Any, w: Any) -> HyperDual:
-    """The product rule, on whichever components exist."""
-    x, w = (a if isinstance(a, HyperDual) else HyperDual(a) for a in (x, w))
-
-    def first(x_part: Tensor | None, w_part: Tensor | None) -> Tensor | None:
-        return add(
-            None if x_part is None else forms.left(x_part, w.primal),
-            None if w_part is None else forms.right(x.primal, w_part),
-        )
-
-    tangent, cross = first(x.tangent, w.tangent), None
-    if components.second_order is not None:
-        cross = first(x.cross, w.cross)
-        if x.tangent is not None and w.tangent is not None:
-            cross = add(cross, forms.pairs(components, x.tangent, w.tangent))
-    return HyperDual(y, tangent, cross)
+#: The fewest columns of a product that is taken in parts.
+NARROWEST = 128
 
 
 def bilinear(i: int = 0, j: int = 1) -> Rule:
@@ -105,12 +75,15 @@ def _mm_pairs(components: Components, x: Tensor, w: Tensor) -> Tensor:
 
 
 def _mm(op: Any, components: Components, x: Any, w: Any) -> HyperDual:
+    plain = primals((x, w), {})[0]
     forms = Forms(
         left=lambda x, w: aten.mm(fold(x), w).reshape(x.shape[0], x.shape[1], w.shape[1]),
         right=lambda x, w: aten.matmul(x, w),
         pairs=_mm_pairs,
+        alike=aten.bmm,
+        intensity=intensity(plain[0].shape[0], *plain[1].shape),
     )
-    return expand(forms, components, op(*primals((x, w), {})[0]), x, w)
+    return expand(forms, components, op(*plain), x, w)
 
 
 def _bmm(op: Any, components: Components, x: Any, w: Any) -> HyperDual:
@@ -139,25 +112,58 @@ def _bmm(op: Any, components: Components, x: Any, w: Any) -> HyperDual:
             return aten.matmul(x, w) * 2
         return components.gather(aten.bmm(rows(x), columns(w)).reshape(b, k, n, k, m), 1, 3)
 
-    return expand(Forms(left, right, pairs), components, op(*plain), x, w)
+    forms = Forms(left, right, pairs, alike=aten.matmul, intensity=intensity(n, d, m))
+    return expand(forms, components, op(*plain), x, w)
+
+
+def _each_with_its_own(x: Tensor, w: Tensor) -> Tensor:
+    """K products x [K, N, D] times w^T, w [K, M, D]: -> [K, N, M].
+
+    On a CPU as more and narrower products, where that many can be shared out evenly among the threads: whole products
+    are, and three on two threads leave one of them idle for a quarter of the time.
+    """
+    (k, m, d), n = w.shape, x.shape[1]
+    threads = torch.get_num_threads() if x.device.type == "cpu" else 1
+    parts = threads // math.gcd(k, threads)
+    if parts == 1 or m % parts or m // parts < NARROWEST:
+        return aten.bmm(x, w.transpose(1, 2))
+    x = x.unsqueeze(1).expand(k, parts, n, d).reshape(k * parts, n, d)
+    y = aten.bmm(x, w.reshape(k * parts, m // parts, d).transpose(1, 2))
+    return y.reshape(k, parts, n, m // parts).transpose(1, 2).reshape(k, n, m)
 
 
 def _linear(op: Any, components: Components, x: Any, w: Any, b: Any = None) -> HyperDual:
     """y = x w^T + b with x [.., D], w [M, D], b [M]; or w [D] without M in y."""
     plain = primals((x, w, b), {})[0]
-    y = op(*plain)
+    shape = [*plain[0].shape[:-1], *plain[1].shape[:-1]]
 
-    def columns(w: Tensor) -> Tensor:
-        return (w if w.ndim == 3 else w.unsqueeze(1)).transpose(1, 2)
+    def rows(x: Tensor) -> Tensor:
+        """Of a stack of components: [K, .., D] -> [K, N, D]."""
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def outputs(w: Tensor) -> Tensor:
+        """Of a stack of components: [K, M, D], also without M."""
+        return w if w.ndim == 3 else w.unsqueeze(1)
+
+    def alike(x: Tensor, w: Tensor) -> Tensor:
+        return _each_with_its_own(rows(x), outputs(w)).reshape(w.shape[0], *shape)
 
     def right(x: Tensor, w: Tensor) -> Tensor:
-        return aten.matmul(x.reshape(-1, x.shape[-1]), columns(w)).reshape(w.shape[0], *y.shape)
+        return alike(x.expand(w.shape[0], *x.shape), w)
 
     def pairs(components: Components, x: Tensor, w: Tensor) -> Tensor:
-        product = _mm_pairs(components, x.reshape(x.shape[0], -1, x.shape[-1]), columns(w))
-        return product.reshape(product.shape[0], *y.shape)
+        product = _mm_pairs(components, rows(x), outputs(w).transpose(1, 2))
+        return product.reshape(product.shape[0], *shape)
 
-    result = expand(Forms(left=aten.linear.default, right=right, pairs=pairs), components, y, x, w)
+    n, d = math.prod(plain[0].shape[:-1]), plain[0].shape[-1]
+    forms = Forms(aten.linear.default, right, pairs, alike, intensity(n, d, math.prod(plain[1].shape[:-1])))
+    if plain[2] is None or not fewer_products_pay(forms, components, x, w):
+        y = op(*plain)
+        result = expand(forms, components, y, x, w)
+    else:  # these need the product by itself
+        product = expand(forms, components, op(*plain[:2]), x, w)
+        y = product.primal + plain[2]
+        result = HyperDual(y, product.tangent, product.cross)
     if isinstance(b, HyperDual):
         lift = [None if p is None else p.reshape(p.shape[0], *[1] * (y.ndim - 1), -1) for p in (b.tangent, b.cross)]
         result = HyperDual(y, add(result.tangent, lift[0]), add(result.cross, lift[1]))

@@ -156,10 +156,7 @@ class _Derivative:
         if not layout.tangents:
             return None
         stacks = [part for part in parts if part is not None]
-        left, right = stacks, stacks
-        if components.spans_pairs:
-            rows, columns = components.indices(self.xs[0].device)
-            left, right = ([s.index_select(0, i) for s in stacks] for i in (rows, columns))
+        left, right = zip(*map(components.ends, stacks), strict=True)
         found = self._over_stacks(module, [*left, *right])
         if components.spans_pairs and not self.symmetric:
             found = [0.5 * (a + b) for a, b in zip(found, self._over_stacks(module, [*right, *left]), strict=True)]
