@@ -120,13 +120,18 @@ class Session:
         }
 
     def compare(
-        self, contenders: suite.Contenders, arguments: Callable[[], tuple[Any, ...]], expected: Any, common: Row
+        self,
+        contenders: suite.Contenders,
+        arguments: Callable[[], tuple[Any, ...]],
+        expected: Any,
+        tolerance: float,
+        common: Row,
     ) -> None:
         makers = {
             name: partial(_made, make, arguments, self.options)
             for name, make in suite.chosen(contenders, self.settings.contenders).items()
         }
-        rows = compare(makers, expected, self.dtype, common, self.settings.rounds, self.settings.seconds)
+        rows = compare(makers, expected, tolerance, common, self.settings.rounds, self.settings.seconds)
         print(report.comparison(rows), end="\n\n", flush=True)
         self.add(rows)
 
@@ -139,7 +144,9 @@ def plane(session: Session) -> None:
     s = session.settings
     for model, samples, k, curvature in product(s.models, s.batches, s.directions, s.curvature):
         made = session.problem(model, samples, k, curvature)
-        session.compare(suite.PLANE, lambda made=made: (made,), problem.truth(made), session.common(made))
+        session.compare(
+            suite.PLANE, lambda made=made: (made,), problem.truth(made), made.tolerance, session.common(made)
+        )
     report.picture(session.rows, session.path("png"))
 
 
@@ -148,7 +155,9 @@ def step(session: Session) -> None:
     s = session.settings
     for model, samples, k, curvature in product(s.models, s.batches, s.directions, s.curvature):
         made = session.problem(model, samples, k, curvature)
-        session.compare(suite.STEP, lambda made=made: (made.fresh(),), problem.truth(made), session.common(made))
+        session.compare(
+            suite.STEP, lambda made=made: (made.fresh(),), problem.truth(made), made.tolerance, session.common(made)
+        )
     report.picture(session.rows, session.path("png"))
 
 
@@ -159,7 +168,8 @@ def laplacians(session: Session) -> None:
         common = {"work": session.work, "model": f"{dimensions} dimensions", "batch": samples}
         expected = {"laplacian": laplacian.truth(model, x)}
         rest = {"directions": None, "curvature": None}
-        session.compare(suite.LAPLACIAN, lambda m=model, x=x: (m, x), expected, {**common, **rest})
+        tolerance = problem.TOLERANCES[session.dtype]
+        session.compare(suite.LAPLACIAN, lambda m=model, x=x: (m, x), expected, tolerance, {**common, **rest})
     report.picture(session.rows, session.path("png"))
 
 
@@ -171,7 +181,7 @@ def memories(session: Session) -> None:
             name: partial(_made, make, lambda made=made: (made.fresh(),), session.options)
             for name, make in suite.chosen(suite.MEMORY, s.contenders).items()
         }
-        runs, rows = prepared(makers, f"memory {made.model.name}", problem.truth(made), made.dtype)
+        runs, rows = prepared(makers, f"memory {made.model.name}", problem.truth(made), made.tolerance)
         for name, run in runs.items():
             rows[name] |= run.memory()
             run.close()
@@ -205,6 +215,8 @@ def main(arguments: list[str] | None = None) -> None:
             setattr(settings, name, value)
     torch.set_float32_matmul_precision(settings.precision)
     for work in WORK if settings.work == "all" else [settings.work]:
+        if work != "memory":
+            machine.keep_freed_memory()
         session = Session(settings, work)
         WORK[work](session)
         print(f"{session.path('json')}")

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.contenders.base import Absent, Run
-from benchmarks.problem import TOLERANCES, Result, errors
+from benchmarks.problem import Result, errors
 from benchmarks.suite import BASE
 from benchmarks.timing import interleaved, ratio
 
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def prepared(
-    makers: Mapping[str, Callable[[], Run]], label: str, expected: Result, dtype: torch.dtype
+    makers: Mapping[str, Callable[[], Run]], label: str, expected: Result, tolerance: float
 ) -> tuple[dict[str, Run], dict[str, Row]]:
     """Every contender that can, compiled and checked by its first run; a row for each, or why it cannot."""
     torch._dynamo.reset()
@@ -45,7 +45,7 @@ def prepared(
                     {
                         "prepare_seconds": time.perf_counter() - start,
                         "errors": found,
-                        "right": all(error <= TOLERANCES[dtype] for error in found.values()),
+                        "right": all(error <= tolerance for error in found.values()),
                     },
                 )
     return runs, rows
@@ -54,14 +54,14 @@ def prepared(
 def compare(
     makers: Mapping[str, Callable[[], Run]],
     expected: Result,
-    dtype: torch.dtype,
+    tolerance: float,
     common: Row,
     rounds: int,
     budget: float,
 ) -> list[Row]:
     """A row for each contender: its time, the ratio to the base's, its errors, or why it is absent."""
     label = " ".join(str(value) for value in common.values() if value is not None)
-    runs, rows = prepared(makers, label, expected, dtype)
+    runs, rows = prepared(makers, label, expected, tolerance)
     with tqdm(total=rounds, desc=label, leave=False, dynamic_ncols=True) as progress:
         times = interleaved(runs, rounds, budget, progress.update)
     for name, run in runs.items():

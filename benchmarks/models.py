@@ -25,6 +25,7 @@ class Model:
         build: makes the module, with weights from torch's default generator.
         batch: makes an input and its labels for a number of samples.
         options: what ``kind`` needs besides the parameters.
+        kinked: whether it chooses by comparing (ReLU, max-pooling), so that rounding can turn a choice.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Model:
     build: Callable[[], nn.Sequential]
     batch: Callable[[int], tuple[Tensor, Tensor]]
     options: Mapping[str, Any] = field(default_factory=dict)
+    kinked: bool = False
 
 
 class LayerNorm(nn.Module):
@@ -184,14 +186,14 @@ MODELS = {
     for model in (
         Model("tiny", "mlp", partial(mlp, 8, 16, 3), partial(vectors, 8)),
         Model("logistic", "mlp", logistic, partial(vectors, 784)),
-        Model("cnn", "cnn", cnn, partial(images, 1, 28)),
+        Model("cnn", "cnn", cnn, partial(images, 1, 28), kinked=True),
         Model("mlp", "mlp", partial(mlp, 784, 1024, 4), partial(vectors, 784)),
         *map(deep, (4, 16, 64)),
         _gpt("gpt-2", 64, 4, 2),
         _gpt("gpt-12", 64, 4, 12),
         _gpt("gpt-2-wide", 768, 12, 2),
         _gpt("gpt-12-wide", 768, 12, 12),
-        Model("resnet18", "resnet18", partial(resnet18, 16), partial(images, 3, 32)),
-        Model("resnet18-wide", "resnet18", partial(resnet18, 64), partial(images, 3, 32)),
+        Model("resnet18", "resnet18", partial(resnet18, 16), partial(images, 3, 32), kinked=True),
+        Model("resnet18-wide", "resnet18", partial(resnet18, 64), partial(images, 3, 32), kinked=True),
     )
 }

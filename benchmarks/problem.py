@@ -20,6 +20,9 @@ Result = Mapping[str, Tensor]
 
 #: The norm of the difference over the norm of the truth.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+#: In float32, of a model that chooses by comparing: one choice in a million that rounding turns was seen to change a
+#: plane by 9e-3, in every compiled contender alike.
+TURNED = 0.05
 
 
 @dataclass
@@ -48,6 +51,12 @@ class Problem:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
+
+    @property
+    def tolerance(self) -> float:
+        """Of the errors of a right result."""
+        usual = TOLERANCES[self.dtype]
+        return max(usual, TURNED) if self.model.kinked and self.dtype != torch.float64 else usual
 
     def fresh(self) -> Problem:
         """The same with parameters of its own."""
