@@ -46,21 +46,23 @@ class Forms:
 
 
 def intensity(n: int | SymInt, d: int | SymInt, m: int | SymInt) -> float:
-    """Of a product [N, D] @ [D, M]; a size that is not known counts as at the first call."""
-    n, d, m = (size.node.hint if isinstance(size, SymInt) else size for size in (n, d, m))
+    """Of a product [N, D] @ [D, M]; a dynamic size counts as at the first call, one that depends on data as none."""
+    n, d, m = ((size.node.hint or 0) if isinstance(size, SymInt) else size for size in (n, d, m))
     return n * d * m / max(n * d + d * m + n * m, 1)
 
 
 def fewer_products_pay(forms: Forms, components: Components, x: Any, w: Any) -> bool:
     """Whether there are fewer products of sums, and each is large enough to be faster.
 
-    In half precision and in complex numbers never: what is added up would be rounded too early, or twice.
+    Where factors are rounded to half precision or TF32 never: rounding would grow with what then cancels. Complex
+    numbers are left alone, too.
     """
     if components.second_order is None or forms.alike is None or forms.intensity < WORTH_ADDING:
         return False
     if not all(isinstance(factor, HyperDual) and factor.tangent is not None for factor in (x, w)):
         return False
-    return x.primal.dtype in (torch.float32, torch.float64)
+    exact = x.primal.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return exact or x.primal.dtype == torch.float64
 
 
 def expand(forms: Forms, components: Components, y: Tensor, x: Any, w: Any) -> HyperDual:

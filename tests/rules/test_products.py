@@ -141,6 +141,18 @@ def test_half_precision_and_complex_numbers_are_multiplied_plainly(dtype):
         )
 
 
+def test_tf32_is_multiplied_plainly():
+    """Its factors are rounded to ten bits, which the sums must not be."""
+    x, w = factors()
+    previous = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        by_sums = expanded(x, w)
+    finally:
+        torch.set_float32_matmul_precision(previous)
+    torch.testing.assert_close(by_sums.cross, expanded(x, w, sums=False).cross, rtol=0, atol=0)
+
+
 def test_a_dynamic_batch_is_weighed_at_its_first_size():
     model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 256))
     hd = fomoh_fx.transform(model, functional.mse_loss)
