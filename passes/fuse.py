@@ -3,7 +3,8 @@
 The product rule is made of such sums. Without a compiler each of them is one reading of memory and not two or three.
 
 Contract: a functional graph in, an equivalent one out with fewer nodes. The node of the sum stays, with its provenance;
-primal nodes stay as the user wrote them, so that values are the model's own to the last bit.
+primal nodes stay as the user wrote them, so that values are the model's own to the last bit. The bodies of higher-order
+operators stay, too: what they return has to keep its layout, which is that of the first of the terms.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, fx
 
 from fomoh_fx.passes import provenance
-from fomoh_fx.passes.dataflow import graphs_in
 from fomoh_fx.passes.simplify import value_of
 
 aten = torch.ops.aten
@@ -24,12 +24,11 @@ _SIGNS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
 
 
 def fuse_products_into_sums(module: fx.GraphModule) -> fx.GraphModule:
-    """Every sum with a product that nobody else uses becomes an addcmul."""
-    for part in graphs_in(module):
-        for node in list(part.graph.nodes):
-            if node.target in _SIGNS and not node.kwargs and provenance.of(node).component != "primal":
-                _fuse(node)
-        part.recompile()
+    """Every sum with a product that nobody else uses becomes an addcmul, outside of bodies."""
+    for node in list(module.graph.nodes):
+        if node.target in _SIGNS and not node.kwargs and provenance.of(node).component != "primal":
+            _fuse(node)
+    module.recompile()
     return module
 
 
@@ -41,8 +40,9 @@ def _fuse(node: fx.Node) -> None:
         if len(factors) != 2 or not _alike([node, term, *factors]):
             continue
         value = reduce(operator.mul, numbers, _SIGNS[node.target])  # type: ignore[index]
-        node.target, node.args = aten.addcmul.default, (term, *factors)
-        node.kwargs = {} if value == 1 else {"value": value}
+        options: dict[str, Any] = {} if value == 1 else {"value": value}
+        node.target, node.args, node.kwargs = aten.addcmul.default, (term, *factors), options
+        node.meta["val"] = aten.addcmul.default(*map(value_of, node.args), **options)  # it has a layout of its own
         for unused in inner:
             node.graph.erase_node(unused)
         return

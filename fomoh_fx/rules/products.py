@@ -27,6 +27,8 @@ Phi = Callable[[Tensor, Tensor], Tensor]
 #: Multiplications of a product for each number that it reads or writes, from which on fewer products are faster though
 #: they add up their factors first. Measured on a CPU, where 16 to 64 break even (benchmarks/README.md).
 WORTH_ADDING = 64
+#: The most numbers that the sums of one product's factors may have, 1 GiB in float32: they are there all at once.
+MOST_SUMS = 2**28
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,16 @@ class Forms:
 
 def intensity(n: int | SymInt, d: int | SymInt, m: int | SymInt) -> float:
     """Of a product [N, D] @ [D, M]; a dynamic size counts as at the first call, one that depends on data as none."""
-    n, d, m = ((size.node.hint or 0) if isinstance(size, SymInt) else size for size in (n, d, m))
+    n, d, m = map(_known, (n, d, m))
     return n * d * m / max(n * d + d * m + n * m, 1)
 
 
+def _known(size: int | SymInt) -> int:
+    return (size.node.hint or 0) if isinstance(size, SymInt) else size
+
+
 def fewer_products_pay(forms: Forms, components: Components, x: Any, w: Any) -> bool:
-    """Whether there are fewer products of sums, and each is large enough to be faster.
+    """Whether there are fewer products of sums, each large enough to be faster, and the sums not too many to hold.
 
     Where factors are rounded to half precision or TF32 never: rounding would grow with what then cancels. Complex
     numbers are left alone, too.
@@ -60,6 +66,9 @@ def fewer_products_pay(forms: Forms, components: Components, x: Any, w: Any) -> 
     if components.second_order is None or forms.alike is None or forms.intensity < WORTH_ADDING:
         return False
     if not all(isinstance(factor, HyperDual) and factor.tangent is not None for factor in (x, w)):
+        return False
+    count = components.directions + len(components.pairs)
+    if count * (_known(x.primal.numel()) + _known(w.primal.numel())) > MOST_SUMS:
         return False
     exact = x.primal.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return exact or x.primal.dtype == torch.float64

@@ -141,6 +141,16 @@ def test_half_precision_and_complex_numbers_are_multiplied_plainly(dtype):
         )
 
 
+def test_sums_that_would_fill_the_memory_are_not_made(monkeypatch):
+    x, w = factors(k=3, n=64, d=96, m=48)
+    assert products.fewer_products_pay(
+        forms := products.Forms(None, None, None, print, 100.0), Components(3, "plane"), x, w
+    )
+    monkeypatch.setattr(products, "MOST_SUMS", 9 * (64 * 96 + 48 * 96) - 1)
+    assert not products.fewer_products_pay(forms, Components(3, "plane"), x, w)
+    assert products.fewer_products_pay(forms, Components(3, "diagonal"), x, w)
+
+
 def test_tf32_is_multiplied_plainly():
     """Its factors are rounded to ten bits, which the sums must not be."""
     x, w = factors()
