@@ -99,6 +99,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     panels = [[row for row in group if "ratio" in row and row["contender"] != BASE] for group in grouped(rows)]
     panels = [panel for panel in panels if panel]
@@ -119,6 +120,9 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         axis.barh(names, middles, xerr=spread, color=["C0" if row["right"] else "C3" for row in panel])
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.invert_yaxis()
         axis.set_title(" ".join(title(panel[0])), fontsize=9)
         axis.tick_params(labelsize=8)

@@ -36,6 +36,7 @@ PLANE: Contenders = {
 STEP: Contenders = {
     BASE: ours.step,
     "fomoh_fx, largest_rise=None": ours.step_unchecked,
+    "fomoh_fx, largest_rise=None, rademacher": ours.step_by_signs,
     "fomoh_fx, plane alone": ours.plane,
     "fomoh, vectorised": authors.step,
     "JAX": jax_peer.step,

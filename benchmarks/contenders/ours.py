@@ -44,6 +44,11 @@ def step_unchecked(problem: Problem, options: Options) -> Local:
     return step(problem, options, largest_rise=None)
 
 
+def step_by_signs(problem: Problem, options: Options) -> Local:
+    """With the directions that are drawn fastest."""
+    return step(problem, options, largest_rise=None, sampler="rademacher")
+
+
 def laplacian(model: nn.Module, x: Tensor, options: Options) -> Local:
     """One component for the sum over all unit directions of each sample."""
     hd = fomoh_fx.compile(fomoh_fx.transform(model, wrt="inputs", second_order="trace"))

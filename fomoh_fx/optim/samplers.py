@@ -26,8 +26,8 @@ def normal(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf)
 
 
 def rademacher(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf) -> Stacks:
-    """Every element +1 or -1: of all independent elements, the ones whose estimates vary least."""
-    return _drawn(parameters, count, lambda v: v.bernoulli_(0.5, generator=generator(v.device)).mul_(2).sub_(1))
+    """Every element +1 or -1: of all independent elements, the ones whose estimates vary least, and the fastest."""
+    return _drawn(parameters, count, lambda v: _signs(v, generator(v.device)))
 
 
 def sphere(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf) -> Stacks:
@@ -85,6 +85,9 @@ def low_rank(parameters: Mapping[str, Tensor], count: int, generator: GeneratorO
     return drawn
 
 
+#: The bits of each byte as signs.
+_SIGNS = (torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1) * 2 - 1
+
 SAMPLERS: dict[str, Sampler] = {
     "normal": normal,
     "rademacher": rademacher,
@@ -129,6 +132,14 @@ def _drawn(parameters: Mapping[str, Tensor], count: int, fill: Callable[[Tensor]
         v = fill(torch.empty(count, *real.shape, dtype=real.dtype, device=real.device))
         drawn[name] = torch.view_as_complex(v) if p.is_complex() else v
     return drawn
+
+
+def _signs(v: Tensor, generator: torch.Generator) -> Tensor:
+    """A random sign for each element: every random byte gives eight of them by a table."""
+    words = torch.empty(-(-v.numel() // 32), dtype=torch.int32, device=v.device)
+    octets = words.random_(-(2**31), 2**31, generator=generator).view(torch.uint8)
+    signs = _SIGNS.to(v).index_select(0, octets.int())
+    return signs.flatten()[: v.numel()].reshape(v.shape)
 
 
 def _fits(count: int, dimension: int) -> None:

@@ -49,6 +49,16 @@ def test_what_the_samplers_promise():
         low_rank(PARAMETERS, 1, lambda device: torch.Generator(), rank=0)
 
 
+def test_all_signs_are_as_likely_and_independent():
+    """Every bit of the words that they are made of, and neighbours in a word and in the next."""
+    v = RandomDirections(1, "rademacher", seed=0).propose({"a": torch.zeros(32, 20_000)}, NOTHING)["a"].reshape(-1, 32)
+    deviation = len(v) ** -0.5
+    assert v.mean(0).abs().max() < 4.5 * deviation
+    off_diagonal = (v.T @ v / len(v)).fill_diagonal_(0)
+    assert off_diagonal.abs().max() < 5 * deviation
+    assert (v[:-1].T @ v[1:] / (len(v) - 1)).abs().max() < 5 * deviation
+
+
 def test_all_coordinates_are_the_scaled_identity():
     v = flat(RandomDirections(None, "coordinate").propose(PARAMETERS, NOTHING))
     torch.testing.assert_close(v, math.sqrt(SIZE) * torch.eye(SIZE))
