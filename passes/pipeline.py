@@ -1,7 +1,4 @@
-"""The pipeline: normalize, expand, simplify, cse, layouts, fuse, eliminate.
-
-Verified after each pass, every stage kept.
-"""
+"""The pipeline: normalize, expand, simplify, cse, layouts, eliminate; verified after each pass, every stage kept."""
 
 from __future__ import annotations
 
@@ -16,7 +13,6 @@ from fomoh_fx.passes.activity import analyse, ancestors
 from fomoh_fx.passes.cse import merge_common_subexpressions
 from fomoh_fx.passes.eliminate import eliminate
 from fomoh_fx.passes.expand import Layout, Scope, expand
-from fomoh_fx.passes.fuse import fuse_products_into_sums
 from fomoh_fx.passes.layouts import refuse_sparse, views_as_reshapes
 from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
 from fomoh_fx.passes.simplify import simplify
@@ -27,7 +23,6 @@ REWRITES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
     "simplify": simplify,
     "cse": merge_common_subexpressions,
     "layouts": views_as_reshapes,
-    "fuse": fuse_products_into_sums,
     "eliminate": eliminate,
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, add
-from fomoh_fx.rules.products import Forms, Phi, expand, fewer_products_pay, intensity
+from fomoh_fx.rules.products import Forms, Phi, expand, fewer_products_pay, intensity, known_size
 from fomoh_fx.rules.registry import Composite, Rule, register
 from fomoh_fx.rules.stacking import batched, fold, primals
 
@@ -19,6 +19,8 @@ aten = torch.ops.aten
 
 #: The fewest columns of a product that is taken in parts.
 NARROWEST = 128
+#: The most numbers that the copies of a left factor for all parts may have.
+MOST_COPIED = 2**24
 
 
 def bilinear(i: int = 0, j: int = 1) -> Rule:
@@ -82,6 +84,7 @@ def _mm(op: Any, components: Components, x: Any, w: Any) -> HyperDual:
         pairs=_mm_pairs,
         alike=aten.bmm,
         intensity=intensity(plain[0].shape[0], *plain[1].shape),
+        numbers=plain[0].shape[0] * plain[1].shape[1],
     )
     return expand(forms, components, op(*plain), x, w)
 
@@ -112,8 +115,7 @@ def _bmm(op: Any, components: Components, x: Any, w: Any) -> HyperDual:
             return aten.matmul(x, w) * 2
         return components.gather(aten.bmm(rows(x), columns(w)).reshape(b, k, n, k, m), 1, 3)
 
-    forms = Forms(left, right, pairs, alike=aten.matmul, intensity=intensity(n, d, m))
-    return expand(forms, components, op(*plain), x, w)
+    return expand(Forms(left, right, pairs), components, op(*plain), x, w)
 
 
 def _each_with_its_own(x: Tensor, w: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ def _each_with_its_own(x: Tensor, w: Tensor) -> Tensor:
     (k, m, d), n = w.shape, x.shape[1]
     threads = torch.get_num_threads() if x.device.type == "cpu" else 1
     parts = threads // math.gcd(k, threads)
-    if parts == 1 or m % parts or m // parts < NARROWEST:
+    if parts == 1 or m % parts or m // parts < NARROWEST or known_size(x.numel()) * parts > MOST_COPIED:
         return aten.bmm(x, w.transpose(1, 2))
     x = x.unsqueeze(1).expand(k, parts, n, d).reshape(k * parts, n, d)
     y = aten.bmm(x, w.reshape(k * parts, m // parts, d).transpose(1, 2))
@@ -155,8 +157,8 @@ def _linear(op: Any, components: Components, x: Any, w: Any, b: Any = None) -> H
         product = _mm_pairs(components, rows(x), outputs(w).transpose(1, 2))
         return product.reshape(product.shape[0], *shape)
 
-    n, d = math.prod(plain[0].shape[:-1]), plain[0].shape[-1]
-    forms = Forms(aten.linear.default, right, pairs, alike, intensity(n, d, math.prod(plain[1].shape[:-1])))
+    n, d, m = math.prod(plain[0].shape[:-1]), plain[0].shape[-1], math.prod(plain[1].shape[:-1])
+    forms = Forms(aten.linear.default, right, pairs, alike, intensity(n, d, m), n * m)
     if plain[2] is None or not fewer_products_pay(forms, components, x, w):
         y = op(*plain)
         result = expand(forms, components, y, x, w)

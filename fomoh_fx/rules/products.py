@@ -8,7 +8,8 @@ With the primal as number 0, the first-order terms and the pairs are one family,
     phi(x_i, w_j) + phi(x_j, w_i) = phi(x_i + x_j, w_i + w_j) - phi(x_i, w_i) - phi(x_j, w_j)
 
 where phi(x_i, w_i) is the product of sums for i = j, divided by 4: K + K (K + 1) / 2 products, and phi(x, w) is the
-primal. A plane of one direction takes 4 products of the primal's size and not 5, one of three 16 and not 22.
+primal. With the primal's product and those of cross components, a plane of one direction takes 4 and not 5, a plane of
+three 16 and not 22.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from fomoh_fx.hyperdual import Components, HyperDual, add
 Phi = Callable[[Tensor, Tensor], Tensor]
 
 #: Multiplications of a product for each number that it reads or writes, from which on fewer products are faster though
-#: they add up their factors first. Measured on a CPU, where 16 to 64 break even (benchmarks/README.md).
+#: they add up their factors first (benchmarks/README.md).
 WORTH_ADDING = 64
-#: The most numbers that the sums of one product's factors may have, 1 GiB in float32: they are there all at once.
+#: The most numbers that the sums of one product's factors and their products may have, 1 GiB in float32.
 MOST_SUMS = 2**28
 
 
@@ -37,7 +38,7 @@ class Forms:
 
     ``pairs`` maps ([K, ..], [K, ..]) to sum_ij S_c,ij (phi(x_i, w_j) + phi(x_j, w_i)), and ``alike`` maps two stacks of
     one length to phi(x_k, w_k). ``intensity`` is how many multiplications the product does for each number that it
-    reads or writes; without it the plain form is taken.
+    reads or writes, and ``numbers`` how many the result has; without these the plain form is taken.
     """
 
     left: Phi
@@ -45,33 +46,42 @@ class Forms:
     pairs: Callable[[Components, Tensor, Tensor], Tensor]
     alike: Phi | None = None
     intensity: float = 0.0
+    numbers: int | SymInt = 0
 
 
 def intensity(n: int | SymInt, d: int | SymInt, m: int | SymInt) -> float:
     """Of a product [N, D] @ [D, M]; a dynamic size counts as at the first call, one that depends on data as none."""
-    n, d, m = map(_known, (n, d, m))
+    n, d, m = map(known_size, (n, d, m))
     return n * d * m / max(n * d + d * m + n * m, 1)
 
 
-def _known(size: int | SymInt) -> int:
+def known_size(size: int | SymInt) -> int:
+    """A dynamic size as it is at the first call; 0 for one that depends on data."""
     return (size.node.hint or 0) if isinstance(size, SymInt) else size
 
 
 def fewer_products_pay(forms: Forms, components: Components, x: Any, w: Any) -> bool:
     """Whether there are fewer products of sums, each large enough to be faster, and the sums not too many to hold.
 
-    Where factors are rounded to half precision or TF32 never: rounding would grow with what then cancels. Complex
-    numbers are left alone, too.
+    On a CPU only, where that was measured. Never where factors are rounded to half precision or less than float32, as
+    set when the call is specialised: rounding would grow with what then cancels.
     """
     if components.second_order is None or forms.alike is None or forms.intensity < WORTH_ADDING:
         return False
     if not all(isinstance(factor, HyperDual) and factor.tangent is not None for factor in (x, w)):
         return False
-    count = components.directions + len(components.pairs)
-    if count * (_known(x.primal.numel()) + _known(w.primal.numel())) > MOST_SUMS:
+    numbers = sum(known_size(size) for size in (x.primal.numel(), w.primal.numel(), forms.numbers))
+    if (components.directions + len(components.pairs)) * numbers > MOST_SUMS or x.primal.device.type != "cpu":
         return False
-    exact = x.primal.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return exact or x.primal.dtype == torch.float64
+    return x.primal.dtype == torch.float64 or (x.primal.dtype == torch.float32 and _products_are_exact())
+
+
+def _products_are_exact() -> bool:
+    """Whether the factors of float32 products keep all their bits, as is usual."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set differently for different backends
+        return False
 
 
 def expand(forms: Forms, components: Components, y: Tensor, x: Any, w: Any) -> HyperDual:
@@ -112,7 +122,7 @@ def _by_sums(alike: Phi, components: Components, y: Tensor, x: HyperDual, w: Hyp
     square_i, square_j = components.ends(squares)
     scale_i, scale_j = components.ends(scale)
     tangent = (with_primal - y - squares) / _column(scale, y.unsqueeze(0))
-    pairs = (pairs - square_i - square_j) / _column(scale_i * scale_j, pairs)
+    pairs = (pairs - square_i - square_j) / _column(scale_i, pairs) / _column(scale_j, pairs)
     return tangent, components.reduce(pairs)
 
 
@@ -123,16 +133,21 @@ def _column(vector: Tensor, stack: Tensor) -> Tensor:
 def _scales(x: HyperDual, w: HyperDual) -> Tensor:
     """[K]: powers of two, by which both tangents of a direction are multiplied before they are added to others.
 
-    The magnitude of x_i w_i becomes that of x w. By the inequality of the arithmetic and the geometric mean the numbers
-    that then cancel are in norm no larger than the result's own two terms, so that rounding grows by a small factor.
+    The norm of x_i times that of w_i becomes the primals'. By the inequality of the arithmetic and the geometric mean
+    the norms of what then cancels add up to no more than ||x_i|| ||w_j|| + ||x_j|| ||w_i||, by which rounding in the
+    plain form is bounded as well.
     """
-    sizes = torch.stack([_magnitude(f.tangent, 1) / _magnitude(f.primal, 0) for f in (x, w)])
-    known = sizes.isfinite() & (sizes > 0)  # a factor that is zero says nothing, the other one may
-    exponent = torch.where(known, sizes, 1).log2().sum(0) / known.sum(0).clamp(min=1)
-    return exponent.round().neg().exp2()
+    of_x, of_w = _sizes(x), _sizes(w)
+    exponents = (of_x[0] / of_x[1:]).log2() + (of_w[0] / of_w[1:]).log2()
+    return (exponents / 2).round().clamp(-100, 100).exp2().to(x.primal.dtype)
 
 
-def _magnitude(x: Tensor, start: int) -> Tensor:
-    """The mean of the absolute values over the axes from ``start`` on; what is not finite counts as zero."""
-    size = x.abs().flatten(start)
-    return torch.where(size < torch.inf, size, 0).mean(start)
+def _sizes(factor: HyperDual) -> Tensor:
+    """[1 + K]: the root mean square of the primal and of each tangent, in float64; what is not finite counts as zero.
+
+    One that is zero throughout counts as the smallest that matters beside the others: then it may be scaled up.
+    """
+    parts = [torch.where(part.abs() < torch.inf, part, 0).double() for part in (factor.primal[None], factor.tangent)]
+    sizes = torch.cat([part.flatten(1).square().mean(1).sqrt() for part in parts])
+    largest = sizes.amax()
+    return torch.where(sizes > 0, sizes, torch.where(largest > 0, largest, 1) * 2.0**-48)

@@ -21,11 +21,10 @@ def r(*shape: int) -> torch.Tensor:
 
 CASES = [
     (aten.mm.default, Sample((r(3, 4), r(4, 2)))),
-    (aten.bmm.default, Sample((r(2, 3, 4), r(2, 4, 2)))),
     (aten.linear.default, Sample((r(3, 4), r(2, 4), r(2)))),
     (aten.linear.default, Sample((r(2, 3, 4), r(2, 4), None))),
     (aten.linear.default, Sample((r(2, 3, 4), r(4), torch.randn((), dtype=torch.float64)))),
-    (aten.linear.default, Sample((r(3, 4), r(2, 4), r(2)), active=[1, 2])),
+    (aten.linear.default, Sample((r(3, 4), r(2, 4), r(2)), active=[0, 1])),
 ]
 
 
@@ -78,6 +77,60 @@ def test_rounding_stays_within_a_small_multiple_of_the_plain_form(x_size, w_size
         assert error(getattr(by_sums, part), getattr(truth, part)) < 8 * error(
             getattr(plain, part), getattr(truth, part)
         ), part
+
+
+def one_of_each(x, w):
+    """Directions of a single entry in each factor, in one column."""
+    x.tangent[:2], w.tangent[:2] = 0, 0
+    x.tangent[0, 3, 5] = w.tangent[0, 2, 5] = 1
+    x.tangent[1, :, 7] = w.tangent[1, 4, 7] = 1
+
+
+def outlier(x, w):
+    x.primal[0, 0] = 1e6
+    w.tangent[0] = 0
+
+
+def without_a_part(x, w):
+    w.tangent[0] = 0
+    w.tangent[1] *= 1e-6
+
+
+def adapter(x, w):
+    """A factor that is zero, as in low-rank adaptation."""
+    w.primal.zero_()
+    x.tangent[0] = 0
+    x.tangent[1] *= 1e-3
+
+
+def huge(x, w):
+    for factor in (x, w):
+        factor.primal *= 1e15
+        factor.tangent *= 1e-5
+
+
+def tiny(x, w):
+    for factor in (x, w):
+        factor.primal *= 1e-12
+        factor.tangent *= 1e12
+
+
+@pytest.mark.parametrize("change", [one_of_each, outlier, without_a_part, adapter, huge, tiny])
+def test_rounding_has_the_bound_of_the_plain_form(change):
+    """A small multiple of the unit roundoff, times ||x_i|| ||w_j|| + ||x_j|| ||w_i||."""
+    x, w = factors()
+    x.cross = torch.zeros_like(x.cross)
+    change(x, w)
+    by_sums = expanded(x, w)
+    x, w = converted(x, torch.float64), converted(w, torch.float64)
+    truth = expanded(x, w, sums=False)
+    xs, ws = ([f.primal.norm(), *(t.norm() for t in f.tangent)] for f in (x, w))
+    unit = torch.finfo(torch.float32).eps
+    for i, (found, right) in enumerate(zip(by_sums.tangent, truth.tangent, strict=True), 1):
+        assert (found.double() - right).norm() <= 2 * unit * (xs[i] * ws[0] + xs[0] * ws[i]), i
+    pairs = Components(3, "plane").pairs
+    for (i, j), found, right in zip(pairs, by_sums.cross, truth.cross, strict=True):
+        assert (found.double() - right).norm() <= 2 * unit * (xs[i + 1] * ws[j + 1] + xs[j + 1] * ws[i + 1]), (i, j)
 
 
 def test_a_tangent_of_zeros():
@@ -161,6 +214,19 @@ def test_tf32_is_multiplied_plainly():
     finally:
         torch.set_float32_matmul_precision(previous)
     torch.testing.assert_close(by_sums.cross, expanded(x, w, sums=False).cross, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="needs settings for each backend")
+def test_precision_that_was_set_for_each_backend():
+    """PyTorch then refuses to tell the one for all."""
+    x, w = factors(n=256, d=256, m=256)
+    previous = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        by_sums = RULES[aten.linear.default](aten.linear.default, Components(3, "plane"), x, w)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = previous
+    assert by_sums.cross.isfinite().all()
 
 
 def test_a_dynamic_batch_is_weighed_at_its_first_size():
