@@ -106,13 +106,10 @@ def expand(forms: Forms, components: Components, y: Tensor, x: Any, w: Any) -> H
 
 def _by_sums(alike: Phi, components: Components, y: Tensor, x: HyperDual, w: HyperDual) -> tuple[Tensor, Tensor]:
     """All first-order terms [K, ..] and all pairs [C, ..] by products of sums, one call for both."""
-    k, scale = components.directions, _scales(x, w)
-
-    def scaled(stack: Tensor) -> Tensor:
-        return stack * _column(scale, stack)
+    k, exponents = components.directions, _exponents(x, w)
 
     def sums(factor: HyperDual) -> Tensor:
-        tangent = scaled(factor.tangent)
+        tangent = _scaled(factor.tangent, exponents)
         first, second = components.ends(tangent)
         return torch.cat([factor.primal + tangent, first + second])
 
@@ -120,26 +117,29 @@ def _by_sums(alike: Phi, components: Components, y: Tensor, x: HyperDual, w: Hyp
     with_primal, pairs = products[:k], products[k:]
     squares = components.diagonal(pairs) / 4
     square_i, square_j = components.ends(squares)
-    scale_i, scale_j = components.ends(scale)
-    tangent = (with_primal - y - squares) / _column(scale, y.unsqueeze(0))
-    pairs = (pairs - square_i - square_j) / _column(scale_i, pairs) / _column(scale_j, pairs)
+    of_i, of_j = components.ends(exponents)
+    tangent = _scaled(with_primal - y - squares, -exponents)
+    pairs = _scaled(_scaled(pairs - square_i - square_j, -of_i), -of_j)
     return tangent, components.reduce(pairs)
 
 
-def _column(vector: Tensor, stack: Tensor) -> Tensor:
-    return vector.reshape(-1, *[1] * (stack.ndim - 1))
+def _scaled(stack: Tensor, exponents: Tensor) -> Tensor:
+    """Each component times its own power of two, in two steps: the power itself may be out of range."""
+    half = (exponents / 2).floor()
+    for part in (half, exponents - half):
+        stack = stack * part.exp2().to(stack.dtype).reshape(-1, *[1] * (stack.ndim - 1))
+    return stack
 
 
-def _scales(x: HyperDual, w: HyperDual) -> Tensor:
-    """[K]: powers of two, by which both tangents of a direction are multiplied before they are added to others.
+def _exponents(x: HyperDual, w: HyperDual) -> Tensor:
+    """[K]: by which powers of two both tangents of a direction are multiplied before they are added to others.
 
     The norm of x_i times that of w_i becomes the primals'. By the inequality of the arithmetic and the geometric mean
     the norms of what then cancels add up to no more than ||x_i|| ||w_j|| + ||x_j|| ||w_i||, by which rounding in the
     plain form is bounded as well.
     """
     of_x, of_w = _sizes(x), _sizes(w)
-    exponents = (of_x[0] / of_x[1:]).log2() + (of_w[0] / of_w[1:]).log2()
-    return (exponents / 2).round().clamp(-100, 100).exp2().to(x.primal.dtype)
+    return (((of_x[0] / of_x[1:]).log2() + (of_w[0] / of_w[1:]).log2()) / 2).round()
 
 
 def _sizes(factor: HyperDual) -> Tensor:

@@ -115,7 +115,15 @@ def tiny(x, w):
         factor.tangent *= 1e12
 
 
-@pytest.mark.parametrize("change", [one_of_each, outlier, without_a_part, adapter, huge, tiny])
+def far_apart(x, w):
+    """More than 2^100 between values and tangents."""
+    x.primal *= 1e18
+    x.tangent *= 1e-18
+    w.primal *= 1e15
+    w.tangent *= 1e-15
+
+
+@pytest.mark.parametrize("change", [one_of_each, outlier, without_a_part, adapter, huge, tiny, far_apart])
 def test_rounding_has_the_bound_of_the_plain_form(change):
     """A small multiple of the unit roundoff, times ||x_i|| ||w_j|| + ||x_j|| ||w_i||."""
     x, w = factors()
@@ -131,6 +139,16 @@ def test_rounding_has_the_bound_of_the_plain_form(change):
     pairs = Components(3, "plane").pairs
     for (i, j), found, right in zip(pairs, by_sums.cross, truth.cross, strict=True):
         assert (found.double() - right).norm() <= 2 * unit * (xs[i + 1] * ws[j + 1] + xs[j + 1] * ws[i + 1]), (i, j)
+
+
+def test_tangents_far_from_the_values_in_float64():
+    x, w = factors(dtype=torch.float64)
+    for factor in (x, w):
+        factor.primal, factor.tangent = factor.primal * 1e80, factor.tangent * 1e-80
+    x.cross = torch.zeros_like(x.cross)
+    by_sums, plain = expanded(x, w), expanded(x, w, sums=False)
+    torch.testing.assert_close(by_sums.tangent, plain.tangent, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(by_sums.cross * 1e160, plain.cross * 1e160, rtol=1e-9, atol=1e-11)
 
 
 def test_a_tangent_of_zeros():
