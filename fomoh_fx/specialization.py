@@ -104,13 +104,13 @@ class Specialization:
         same = shapes in self.traced_with and others == self.others and modes == self.modes
         return same and outside_modes(self.program) == self.outside
 
-    def holds(self) -> bool:
-        """Whether what the signature cannot see is as it was: modules and tensors that a function or loss refers to."""
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether what the signature cannot see is as it was: what a function or loss refers to, and constants."""
         if outside_modes(self.program) != self.outside:
             return False
         if not self.program.has_its_structures():
             return False
-        if any(what.value(()).tolist() != value for what, value in self.program.constants):
+        if not all(torch.equal(what.value(tensors), value) for what, value in self.program.constants):
             return False
         for what, node in zip(self.program.inputs, self.program.placeholders, strict=True):
             traced = node.meta["val"]

@@ -16,10 +16,12 @@ from torch.utils import _pytree as pytree
 from fomoh_fx import inspect as inspection
 from fomoh_fx import lower
 from fomoh_fx.capture import Call, Program, capture
+from fomoh_fx.capture.frontends import quiet
 from fomoh_fx.dynamic_shapes import dynamic_dims, must_vary
-from fomoh_fx.errors import ArgumentError, SpecialisationError
+from fomoh_fx.errors import ArgumentError, SpecialisationError, UnsupportedOpError
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.passes import pipeline
+from fomoh_fx.passes.data_sizes import ADVICE
 from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, positional_names, selected_parameters
 from fomoh_fx.signature import Signature, modes_of, signature_of, strides_of
 from fomoh_fx.specialization import Specialization, outside_modes
@@ -184,10 +186,12 @@ class HyperDualModule(nn.Module):
         signature = signature_of(self.module, self.loss, call, seeds)
         dims = dynamic_dims(call, positional_names(self.model, len(call.args)), dynamic_shapes)
         known = self._specializations.setdefault(signature, [])
-        found = next((s for s in known if s.covers(dims) and s.holds()), None)
+        found = next((s for s in known if s.covers(dims) and s.holds(call.tensors)), None)
         if found is None:
             serving = (s for s in self._traced if s.covers(dims) and s.serves(signature, call.tensors))
-            found = next((s for s in serving if s.holds()), None) or self._compile(call, seeds, signature, dims)
+            found = next((s for s in serving if s.holds(call.tensors)), None) or self._compile(
+                call, seeds, signature, dims
+            )
             known.insert(0, found)
             found.traced_with.append(
                 [(t.shape, t.dtype, t.device, strides_of(t)) for t in (*call.tensors, *seeds.stacks)]
@@ -199,7 +203,20 @@ class HyperDualModule(nn.Module):
         self, call: Call, seeds: Seeds, signature: Signature, dims: list[dict[int, Any]] | None
     ) -> Specialization:
         _check_call(self.model, self.loss, call)
-        program = capture(self.model, self.loss, call, argument_names(self.model, call), dims)
+        names = argument_names(self.model, call)
+        program = capture(self.model, self.loss, call, names, dims)
+        try:
+            with quiet("torch._subclasses.fake_tensor"):
+                return self._expanded(program, call, seeds, signature, dims)
+        except UnsupportedOpError as error:
+            if ADVICE not in str(error):
+                raise
+            program = capture(self.model, self.loss, call, names, dims, refusal=error)
+        return self._expanded(program, call, seeds, signature, dims)
+
+    def _expanded(
+        self, program: Program, call: Call, seeds: Seeds, signature: Signature, dims: list[dict[int, Any]] | None
+    ) -> Specialization:
         positions = seeds.positions(program)
         values = [i for i, out in enumerate(program.outputs) if out.kind == "value"]
         asked = values[:1] if self.loss is not None else [i for i in values if _is_float(program.results[i])]

@@ -1,63 +1,116 @@
-"""Whole numbers that a model keeps in buffers (strides, sizes, steps) and that decide a branch or a shape.
+"""Values that decide a branch or a shape, and that are known although they are in tensors.
 
-Where nothing else could be captured, they count as constants of the model, like its plain attributes. One that the
-model changes while it runs is none.
+Where nothing else could be captured, these count as constants: what PyTorch's factories make of Python numbers; the
+buffers of the model, and tensors that a function refers to; at last whole numbers among the arguments (the edges of a
+graph, the sample that each node belongs to). A graph holds for their values, and others are captured again. What the
+model changes while it runs is no constant.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
-from fomoh_fx.capture.semantics import mutates
+MOST = 4096  # elements of a tensor whose values frontends keep
 
 
-def whole_numbers(module: nn.Module) -> dict[str, Any]:
-    """The values of the buffers that hold one integer or truth value, by name, as Python numbers or lists of one."""
-    return {
-        name: buffer.tolist()
-        for name, buffer in module.named_buffers()
-        if buffer.numel() == 1 and not (buffer.is_floating_point() or buffer.is_complex())
-    }
+def candidates(root: nn.Module, arguments: Sequence[Tensor], are_static: bool) -> Iterator[dict[str, Tensor]]:
+    """What to take as constants, by name: whole numbers of the root, all of its buffers, and whole arguments too."""
+    buffers = {name: buffer for name, buffer in root.named_buffers() if _is_small(buffer)}
+    yield {name: buffer for name, buffer in buffers.items() if _is_whole(buffer)}
+    if not all(map(_is_whole, buffers.values())):
+        yield buffers
+    given = {argument(i): t for i, t in enumerate(arguments) if _is_small(t) and _is_whole(t)}
+    if given and are_static:
+        yield {**buffers, **given}
+
+
+def argument(index: int | str) -> str:
+    """The name of a tensor among the arguments; what they all begin with, for an empty index."""
+    return f"argument {index}"
+
+
+def _is_small(x: Tensor) -> bool:
+    return 0 < x.numel() <= MOST and x.layout == torch.strided and not x.is_complex()
+
+
+def _is_whole(x: Tensor) -> bool:
+    return not x.is_floating_point()
+
+
+def _literal(x: Tensor) -> Tensor:
+    """The same values written out: a frontend knows those."""
+    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+        values = x.tolist()
+    return torch.tensor(values, dtype=x.dtype, device=x.device)
+
+
+_FACTORIES = {
+    torch.arange, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones, torch.tril_indices,
+    torch.triu_indices, torch.zeros,
+}  # fmt: skip
 
 
 class AsConstants(TorchFunctionMode):
-    """Puts constants, whose values a frontend knows, in the place of buffers while a model runs under it.
+    """Puts constants, whose values a frontend knows, in the place of tensors while a model runs under it.
 
     Attributes:
+        values: of the buffers and arguments that are constants; None where factories are to be left alone, too.
+        put: the constants by name, and their versions then.
         changed: the names of those that the model changes.
     """
 
-    def __init__(self, module: nn.Module, values: dict[str, Any]) -> None:
+    def __init__(self, root: nn.Module, values: Mapping[str, Tensor] | None) -> None:
         super().__init__()
-        self.module, self.values = module, values
+        self.root, self.values = root, values
         self.changed: set[str] = set()
-        self._put: dict[int, str] = {}
-        self._before: list[tuple[str, dict[str, Any], str, Any, Tensor]] = []
+        self.put: dict[str, tuple[Tensor, int]] = {}
+        self._before: list[tuple[dict[str, Any], str, Any]] = []
+
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The arguments, with constants in their places."""
+        return [self._made(argument(i)) if argument(i) in (self.values or ()) else t for i, t in enumerate(tensors)]
+
+    def _made(self, name: str) -> Tensor:
+        assert self.values is not None
+        constant = _literal(self.values[name])
+        self.put[name] = constant, constant._version
+        return constant
 
     def __enter__(self) -> AsConstants:
-        for name, value in self.values.items():
+        buffers = dict(self.root.named_buffers())
+        for name in [name for name in self.values or () if name in buffers]:
             parent, _, attribute = name.rpartition(".")
-            buffers = self.module.get_submodule(parent)._buffers
-            before = buffers[attribute]
-            assert before is not None
-            constant = torch.tensor(value, dtype=before.dtype, device=before.device)  # frontends know its value
-            self._before.append((name, buffers, attribute, before, constant))
-            self._put[id(constant)] = name
-            buffers[attribute] = constant
+            owner = self.root.get_submodule(parent)._buffers
+            self._before.append((owner, attribute, owner[attribute]))
+            owner[attribute] = self._made(name)
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
-        for name, buffers, attribute, before, constant in self._before:
-            if buffers.get(attribute) is not constant:
-                self.changed.add(name)
-            buffers[attribute] = before
+        for owner, attribute, before in self._before:
+            owner[attribute] = before
+        self.changed |= {name for name, (constant, version) in self.put.items() if constant._version != version}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if args and id(args[0]) in self._put and mutates(func):
-            self.changed.add(self._put[id(args[0])])
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.values is not None and func in _FACTORIES and _are_numbers(args, kwargs):
+            with unset_fake_temporarily(), disable_proxy_modes_tracing():
+                made = func(*args, **kwargs)
+            if _is_small(made):
+                return _literal(made)
+        return func(*args, **kwargs)
+
+
+def _are_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether no tensor, no dynamic size and no demand for a gradient is among the arguments."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    dynamic = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return not any(isinstance(leaf, dynamic) for leaf in leaves) and not kwargs.get("requires_grad")

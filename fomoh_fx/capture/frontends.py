@@ -8,7 +8,7 @@ import re
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -27,16 +27,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomoh_fx.capture.assignments import COMPUTED_FROM, remembered
-from fomoh_fx.capture.constants import whole_numbers
+from fomoh_fx.capture.constants import argument, candidates
 from fomoh_fx.capture.counters import refuse_counted
 from fomoh_fx.capture.dimensions import marks_kept, refusals
 from fomoh_fx.capture.draws import refuse_drawn
 from fomoh_fx.capture.leaks import refuse_kept
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
-from fomoh_fx.capture.state import STANDARD, Keys, children, place_of, structure, written
+from fomoh_fx.capture.state import STANDARD, Keys, children, place_of, replaced, structure, written
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
 from fomoh_fx.passes.activity import analyse, ancestors, carries_derivative
-from fomoh_fx.passes.data_sizes import ADVICE, DECIDED_BY_DATA
+from fomoh_fx.passes.data_sizes import ADVICE, DECIDED_BY_DATA, has_sizes_from_data
 from fomoh_fx.passes.dataflow import is_effectful_call
 from fomoh_fx.passes.provenance import source_line
 from fomoh_fx.rules.other_libraries import register_present
@@ -45,7 +45,14 @@ from fomoh_fx.rules.registry import COMPOSITES, RULES
 aten = torch.ops.aten
 
 
-def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dynamic_shapes: Any = None) -> Program:
+def capture(
+    model: Any,
+    loss: Any,
+    call: Call,
+    argument_names: Sequence[str],
+    dynamic_shapes: Any = None,
+    refusal: FomohError | None = None,
+) -> Program:
     """The graph of ``model`` (and ``loss``) for one call.
 
     Args:
@@ -54,24 +61,33 @@ def capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dy
         call: the arguments.
         argument_names: a readable name for each tensor leaf of the call.
         dynamic_shapes: for each tensor leaf what ``torch.export`` takes, or None for static shapes.
+        refusal: of the graph without known values as constants, because of a size from data in it.
 
     Raises:
         CaptureError: no frontend could record one graph that holds for every input of this signature.
     """
     register_present()
-    run = partial(_capture, model, loss, call, argument_names, dynamic_shapes)
+    run = partial(_capture, model, loss, call, argument_names, dynamic_shapes, refusal)
     return refuse_counted(partial(refuse_drawn, run, model, loss))
 
 
-def _capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], dynamic_shapes: Any) -> Program:
+def _capture(
+    model: Any,
+    loss: Any,
+    call: Call,
+    argument_names: Sequence[str],
+    dynamic_shapes: Any,
+    refusal: FomohError | None = None,
+) -> Program:
     foreign: list[Tensor] = []
     outside: list[nn.Module] = []
     made: list[weakref.ref[Tensor]] = []
     for _ in range(3):
         root = Root(model, loss, call, foreign, outside)
         outcome = _first_that_works(root, argument_names, dynamic_shapes)
-        if isinstance(outcome, _DecidedByData):
-            root, outcome = _with_constants(root, outcome, argument_names, dynamic_shapes)
+        refused = outcome if isinstance(outcome, _DecidedByData) else refusal
+        if refused is not None:
+            root, outcome = _with_constants(root, refused, argument_names, dynamic_shapes)
         tensors, modules = _unknown(root)
         made += root.observed.semantics.made if root.observed.semantics else []
         for assignment in root.observed.assigned:
@@ -79,6 +95,8 @@ def _capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], d
         if not tensors and not modules:
             if isinstance(outcome, CaptureError):
                 raise CaptureError(*outcome.args) from outcome.__cause__
+            if isinstance(outcome, FomohError):
+                raise outcome
             refuse_kept(made, outcome.structure.others)
             return outcome
         _refuse_remembered(root, tensors)
@@ -91,17 +109,31 @@ def _capture(model: Any, loss: Any, call: Call, argument_names: Sequence[str], d
 
 
 def _with_constants(
-    root: Root, refusal: CaptureError, names: Sequence[str], dynamic_shapes: Any
-) -> tuple[Root, Program | CaptureError]:
-    """Capture again with the model's whole numbers as constants, but for those that it changes."""
-    constants = whole_numbers(root.model) if isinstance(root.model, nn.Module) else {}
-    while constants:
+    root: Root, refusal: FomohError, names: Sequence[str], dynamic_shapes: Any
+) -> tuple[Root, Program | FomohError]:
+    """Capture again with known values as constants, but for those that the model changes."""
+
+    def captured(constants: Mapping[str, Tensor]) -> tuple[Root, Program | CaptureError]:
         again = Root(root.model, root.loss, root.call, root.foreign, list(root.outside), constants)
         outcome = _first_that_works(again, names, dynamic_shapes)
-        changed = again.observed.constants.changed if again.observed.constants else set()
-        if not changed:
-            return (root, refusal) if isinstance(outcome, CaptureError) else (again, outcome)
-        constants = {name: value for name, value in constants.items() if name not in changed}
+        if again.observed.constants is not None and (changed := again.observed.constants.changed):
+            return captured({name: value for name, value in constants.items() if name not in changed})
+        return again, outcome
+
+    for constants in candidates(root, root.call.tensors, dynamic_shapes is None):
+        found, outcome = captured(constants)
+        if isinstance(outcome, _DecidedByData) and isinstance(refusal, _DecidedByData):
+            refusal = outcome  # what else decides
+        if isinstance(outcome, CaptureError):
+            continue
+        if not isinstance(refusal, CaptureError) and any(map(has_sizes_from_data, outcome.module.graph.nodes)):
+            continue
+        for name in [name for name in found.constants or () if name.startswith(argument(""))]:
+            rest = {other: value for other, value in (found.constants or {}).items() if other != name}
+            without = captured(rest)
+            if not isinstance(without[1], CaptureError):  # that one decides nothing
+                found, outcome = without
+        return found, outcome
     return root, refusal
 
 
@@ -167,7 +199,7 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
                 return kind("\n  ".join(["dynamic_shapes: torch.export does not capture them:", *reasons]))
             continue
         program.refused, program.outside = refused, tuple(root.outside)
-        program.constants = [(_state(root, f"model.{name}"), value) for name, value in root.constants.items()]
+        program.constants = [(_constant(root, name, names), v.clone()) for name, v in (root.constants or {}).items()]
         _share_tied(program)
         _name_inputs(program)
         _note_assignments(program, root)
@@ -313,8 +345,8 @@ def _tracing_state() -> Iterator[None]:
         stack.enter_context(fx.traceback.preserve_node_meta())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about PyTorch's own calls
-        stack.enter_context(_quiet("torch._subclasses.fake_tensor"))
-        stack.enter_context(_quiet("torch.fx.experimental.symbolic_shapes"))
+        stack.enter_context(quiet("torch._subclasses.fake_tensor"))
+        stack.enter_context(quiet("torch.fx.experimental.symbolic_shapes"))
         stack.enter_context(patch.object(_trace, "print", lambda *_, **__: None, create=True))  # a graph
         stack.enter_context(patch.object(torch, "from_numpy", torch.as_tensor))  # which frontends see
         stack.enter_context(_known_literals())
@@ -323,7 +355,7 @@ def _tracing_state() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def quiet(name: str) -> Iterator[None]:
     """What a frontend logs about a refusal is part of our own error."""
     logger = logging.getLogger(name)
     before = logger.level
@@ -424,6 +456,14 @@ def _state(root: Root, target: str) -> Input:
     return Input(kind, target.removeprefix("model."), module=module, attribute=attribute)
 
 
+def _constant(root: Root, name: str, names: Sequence[str]) -> Input:
+    """What a constant stands for."""
+    if not name.startswith(argument("")):
+        return _state(root, name)
+    index = int(name.removeprefix(argument("")))
+    return Input("argument", names[index], index)
+
+
 def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program:
     owned = {**dict(root.named_parameters()), **dict(root.named_buffers())}
     tensors = _distinct(root)
@@ -431,8 +471,9 @@ def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Prog
     fakes = [fake_mode.from_tensor(t, static_shapes=True) for t in (*owned.values(), *tensors)]
 
     def functional(*flat: Tensor) -> list[Tensor]:
-        state = dict(zip(owned, flat, strict=False))
-        return torch.func.functional_call(root, state, tuple(flat[len(owned) :]))
+        others = dict(zip(map(id, owned.values()), flat, strict=False))
+        with replaced(root, others):
+            return root(*flat[len(owned) :])
 
     record = partial(make_fx, tracing_mode="real", _allow_non_fake_inputs=True, record_stack_traces=True)
     table = {aten.native_batch_norm.default: _batch_norm}

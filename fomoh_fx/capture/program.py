@@ -140,11 +140,11 @@ class Root(nn.Module):
         call: Call,
         foreign: Sequence[Tensor] = (),
         outside: Sequence[nn.Module] = (),
-        constants: Mapping[str, Any] | None = None,
+        constants: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.loss = model, loss
-        self.constants = dict(constants or {})
+        self.constants = constants
         self.outside = nn.ModuleList(outside)
         self.call, self.observed = call, Observed()
         self.foreign = list(foreign)
@@ -152,15 +152,15 @@ class Root(nn.Module):
             self.register_buffer(f"foreign_{i}", tensor)
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        args, kwargs, targets = self.call.rebuild(tensors)
-        known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
-        self.observed.semantics = ReverseModeSemantics(known, self.observed.before)
-        self.observed.constants = AsConstants(self.model, self.constants)
-        assignments = Assignments(self)
         with ExitStack() as stack:
+            constants = self.observed.constants = stack.enter_context(AsConstants(self, self.constants))
+            assignments = Assignments(self)
+            args, kwargs, targets = self.call.rebuild(constants.of(tensors))
+            known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
+            semantics = self.observed.semantics = ReverseModeSemantics(known, self.observed.before)
             for context in (
-                self.observed.semantics, RecordSourceLines(), AssumeFinite(), assignments, self.observed.constants,
-                self._observe_modules(assignments), conversions_checked(self), gradient_hooks_checked(),
+                semantics, RecordSourceLines(), AssumeFinite(), assignments, self._observe_modules(assignments),
+                conversions_checked(self), gradient_hooks_checked(),
             ):  # fmt: skip
                 stack.enter_context(context)
             output = self.model(*args, **kwargs)
@@ -184,8 +184,9 @@ class Root(nn.Module):
             )
         self.observed.numbers = assignments.numbers
         self.observed.assigned = [made for made in assignments.made if not self._is_there(made, known)]
+        constants.changed |= {f"{made.path}.{made.keys[0]}" for made in self.observed.assigned} & {*constants.put}
         new = [tensor for made in self.observed.assigned for tensor in made.tensors]
-        return [*map(self.observed.semantics.own, [*found, *new])]
+        return [*map(semantics.own, [*found, *new])]
 
     def _is_there(self, made: Assignment, known: Mapping[int, Tensor]) -> bool:
         """Whether a place has kept its tensors: after ``self.x += 1`` it is the one that stands for it here."""
@@ -239,7 +240,7 @@ class Program:
     structure: Structure
     frontend: str
     outside: Sequence[nn.Module] = ()
-    constants: Sequence[tuple[Input, Any]] = ()  # buffers, and the values that the graph is for
+    constants: Sequence[tuple[Input, Tensor]] = ()  # buffers and arguments, and the values that the graph is for
     refused: list[str] = field(default_factory=list)
     assignments: Sequence[Assignment] = ()  # their tensors are the last outputs
     numbers: Sequence[ChangedNumbers] = ()  # in containers, and the run changes them

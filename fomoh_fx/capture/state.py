@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
@@ -78,6 +79,24 @@ def follow(module: nn.Module, keys: Sequence[Any]) -> Any:
     for key in keys[1:]:
         value = getattr(value, key) if is_record(value) else value[key]
     return value
+
+
+@contextmanager
+def replaced(module: nn.Module, others: Mapping[int, Any]) -> Iterator[None]:
+    """Other tensors, by the identity of the own ones, in the places of parameters and buffers.
+
+    ``torch.func.functional_call`` goes by names instead, and a module that has two leaves the other tensors behind.
+    """
+    tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+    before = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.update({name: others[id(tensor)] for name, tensor in table.items() if id(tensor) in others})
+        yield
+    finally:
+        for table, own in zip(tables, before, strict=True):
+            table.clear()
+            table.update(own)
 
 
 def written(keys: Sequence[Any]) -> str:

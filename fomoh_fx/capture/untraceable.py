@@ -153,6 +153,11 @@ def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | No
     return torch.return_types.linalg_lstsq((solution, residuals, rank, values))  # type: ignore[attr-defined]
 
 
+def _equal(input: Tensor, other: Tensor) -> bool:
+    """Shapes that differ, and one tensor in both places, need no look at the values."""
+    return input.shape == other.shape and (input is other or torch.equal(input, other))
+
+
 _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.cov: _covariance,
     torch.Tensor.cov: _covariance,
@@ -164,6 +169,8 @@ _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.nn.functional.gaussian_nll_loss: _gaussian_nll_loss,
     torch.nn.functional.ctc_loss: _ctc_loss,
     torch.ctc_loss: _ctc_loss,
+    torch.equal: _equal,
+    torch.Tensor.equal: _equal,
     torch.linalg.lstsq: _lstsq,
 }
 if hasattr(torch.nn.functional, "linear_cross_entropy"):  # since torch 2.13

@@ -3,10 +3,11 @@
 import numpy
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fomoh_fx
 from fomoh_fx.errors import CaptureError
+from tests.models.checking import Problem, check_call
 from tests.rules.checking import Sample, check
 
 
@@ -66,3 +67,62 @@ def overwritten_number(x: Tensor) -> Tensor:
 def test_overwritten_values_are_data(function):
     with pytest.raises(CaptureError, match="values of tensors decide"):
         fomoh_fx.transform(function, wrt="inputs")(r(3), tangents=[r(2, 3)])
+
+
+class Pooled(nn.Module):
+    """The sample of each node decides a size; a mask in a buffer, others; a number in one, a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.mask, self.times = nn.Buffer(torch.tensor([True, False, True])), nn.Buffer(torch.tensor([0.0, 0.5]))
+
+    def forward(self, x: Tensor, sample: Tensor) -> Tensor:
+        y = self.layer(x)
+        for t in torch.arange(3):
+            y = y.sin() if t > self.times[1] else y.cos()
+        split = torch.cat([y[:, self.mask], y[:, ~self.mask]], 1)
+        return x.new_zeros(int(sample.max()) + 1, 3).index_add(0, sample, split)
+
+
+def test_whole_numbers_among_the_arguments_decide() -> None:
+    """Others are captured again, and an argument that decides nothing is data."""
+    model, x = Pooled().double(), r(4, 3)
+    hd = fomoh_fx.transform(model, lambda output, weight: (output * weight).square().mean())
+    for sample, traced in (([0, 0, 1, 1], 1), ([0, 1, 1, 2], 2), ([0, 0, 1, 1], 2)):
+        weight = torch.arange(3 * (sample[-1] + 1)).reshape(-1, 3)
+        problem = Problem(model, (x, torch.tensor(sample)), loss=hd.loss, targets=(weight,))
+        check_call(hd, problem)
+        assert len(hd._traced) == traced
+        assert "sample" in [what.name for what, _ in hd.latest.program.constants]
+        assert not any(what.name.startswith("targets") for what, _ in hd.latest.program.constants)
+
+
+@pytest.mark.parametrize("where", ["buffer", "closure"])
+def test_constants_that_the_model_changes_through_a_view(where: str) -> None:
+    held = torch.tensor([1, 2, 3])
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counts = nn.Buffer(held.clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            counts = self.counts if where == "buffer" else held
+            counts[1:].add_(1)
+            return (x.sin() * counts).sum() if (torch.arange(3) > 1).any() else x.sum()
+
+    model, x = Counting(), r(3)
+    hd = fomoh_fx.transform(model, wrt="inputs")
+    for k in range(1, 4):
+        out = hd(x, tangents=[torch.eye(3).double()])
+        counts = torch.tensor([1, 2 + k, 3 + k])
+        torch.testing.assert_close(out.tangent, x.cos() * counts)
+        assert (model.counts if where == "buffer" else held).equal(counts) and len(hd._traced) == 1
+
+
+def test_one_tensor_equals_itself() -> None:
+    def distances(x: Tensor, y: Tensor) -> Tensor:
+        return (x - x.flip(0)).square() if torch.equal(x, x) and not y.equal(x) else x
+
+    check(distances, Sample((r(3), r(2))))

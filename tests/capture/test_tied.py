@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fomoh_fx
-from fomoh_fx.errors import ArgumentError
+from fomoh_fx.errors import ArgumentError, CaptureError
 from tests.models.checking import Problem, check
 
 
@@ -51,3 +51,34 @@ def test_the_graph_has_one_input_for_it(model):
     tangent = torch.randn(2, 7, 4, dtype=torch.float64)
     program = fomoh_fx.transform(model).trace(TOKENS, tangents={"shared.weight": tangent}).program
     assert [what.name for what in program.inputs if what.kind == "parameter"] == ["shared.weight"]
+
+
+class TwiceThere(nn.Module):
+    """One module under two names, as a loss that refers to the model."""
+
+    def __init__(self, branches):
+        super().__init__()
+        self.layer, self.branches = nn.BatchNorm1d(3), branches
+        self.same = nn.ModuleList([self.layer])
+
+    def forward(self, x):
+        first = self.layer(x).exp()
+        if self.branches and first.sum() > 0:
+            first = first * 2
+        (slope,) = torch.autograd.grad(first.sum(), self.layer.bias, create_graph=True)
+        return self.same[0](x).sin() @ slope
+
+
+def test_a_module_with_two_names_is_as_before():
+    model = TwiceThere(False).double()
+    before = [*model.parameters(), *model.buffers()]
+    check(Problem(model, (torch.randn(4, 3, dtype=torch.float64),)))
+    assert all(a is b for a, b in zip([*model.parameters(), *model.buffers()], before, strict=True))
+
+
+def test_a_module_with_two_names_is_as_before_a_refusal():
+    model = TwiceThere(True).double()
+    before = [*model.parameters(), *model.buffers()]
+    with pytest.raises(CaptureError, match="first.sum"):
+        fomoh_fx.transform(model)(torch.randn(4, 3).double(), tangents={"layer.bias": torch.ones(1, 3).double()})
+    assert all(a is b for a, b in zip([*model.parameters(), *model.buffers()], before, strict=True))
