@@ -204,6 +204,7 @@ class HyperDualModule(nn.Module):
     ) -> Specialization:
         _check_call(self.model, self.loss, call)
         names = argument_names(self.model, call)
+        call.differentiated = [owner for owner in seeds.owners if isinstance(owner, int)]
         program = capture(self.model, self.loss, call, names, dims)
         try:
             with quiet("torch._subclasses.fake_tensor"):

@@ -310,6 +310,8 @@ def _distinct(root: Root) -> tuple[Tensor, ...]:
             tensor = torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
         seen.add(id(tensor))
         distinct.append(tensor)
+    for i in root.call.differentiated:  # not as leaves, which nobody may change in place
+        distinct[i] = distinct[i].detach().requires_grad_().clone()
     return tuple(distinct)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -75,11 +75,15 @@ class Output:
 
 @dataclass
 class Call:
-    """The arguments of one call, with the tensors taken out: what is not a tensor is part of the signature."""
+    """The arguments of one call, with the tensors taken out: what is not a tensor is part of the signature.
+
+    ``differentiated`` numbers the tensors that have tangents: a model may ask them whether they require a gradient.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: tuple[Any, ...]
+    differentiated: Collection[int] = ()
 
     def __post_init__(self) -> None:
         leaves, self.spec = pytree.tree_flatten((self.args, self.kwargs, self.targets))

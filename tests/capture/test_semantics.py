@@ -285,3 +285,17 @@ def test_a_new_tensor_from_a_size_has_that_shape(x):
         return (x.sin() * x.new(x.shape).uniform_(0.1, 1)).sum()
 
     assert_like_reverse_mode(f, x, reference=lambda x: (x.sin() * draws).sum())
+
+
+def test_an_input_with_a_tangent_requires_a_gradient(x):
+    """Models ask for it to spare a straight-through estimator; what is in it may still be changed in place."""
+
+    def quantised(x):
+        x[0] = x[1] * 2
+        rounded = (x * 3).round() / 3
+        return ((x + (rounded - x).detach()) if x.requires_grad else rounded).sin().square().sum()
+
+    assert_like_reverse_mode(quantised, x, reference=lambda x: quantised(x.clone()))
+    plain = fomoh_fx.transform(lambda x, y: (x * 2 if x.requires_grad else x) * y, wrt="inputs")
+    out = plain(x, x.cos(), tangents=(None, torch.ones(1, 4, 5, dtype=x.dtype)))
+    torch.testing.assert_close(out.primal, x * x.cos())
