@@ -28,6 +28,7 @@ from fomoh_fx.passes.dataflow import draws
 from fomoh_fx.passes.label import label_rest
 from fomoh_fx.passes.retrace import in_body, is_composite_implicit, last_node, recorded_nodes, retrace
 from fomoh_fx.rules.registry import COMPOSITES, RULES, spelled
+from fomoh_fx.sizes import known
 
 aten = torch.ops.aten
 IDENTITIES = {aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default}
@@ -100,8 +101,8 @@ class _Normalizer(fx.Interpreter):
         captured = self.current.args[0] if self.current is not None and args else None
         if not isinstance(captured, fx.Node) or not isinstance(args[0], Tensor):
             return args
-        x, stride = args[0], _known(captured.meta["val"].stride())
-        if None in stride or _known(x.stride()) == stride:  # sizes that only the data decide have no order
+        x, stride = args[0], [known(s) for s in captured.meta["val"].stride()]
+        if None in stride or [known(s) for s in x.stride()] == stride:  # sizes that only the data decide have no order
             return args
         order = sorted(range(x.ndim), key=lambda d: stride[d], reverse=True)
         stored = x.permute(order).clone(memory_format=torch.contiguous_format)
@@ -114,11 +115,6 @@ class _Normalizer(fx.Interpreter):
             seeds = [n for n in inputs_of(body) if carries_derivative(n)]
             active = analyse(body.graph, seeds, [r for r in results_of(body) if isinstance(r, fx.Node)]).active
         return in_body(_Normalizer(body, active, self.table).run)
-
-
-def _known(sizes: Sequence[Any]) -> list[Any]:
-    """The sizes, dynamic ones as they are at capture, None for those that only the data decide: no guard is made."""
-    return [n if isinstance(n, int) else n.node.hint for n in sizes]
 
 
 def explained(node: fx.Node, reason: str) -> str:

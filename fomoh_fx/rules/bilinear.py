@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, add
-from fomoh_fx.rules.products import Forms, Phi, expand, fewer_products_pay, intensity, known_size
+from fomoh_fx.rules.products import Forms, Phi, expand, fewer_products_pay, intensity
 from fomoh_fx.rules.registry import Composite, Rule, register
 from fomoh_fx.rules.stacking import batched, fold, primals
+from fomoh_fx.sizes import known
 
 aten = torch.ops.aten
 
@@ -127,7 +128,7 @@ def _each_with_its_own(x: Tensor, w: Tensor) -> Tensor:
     (k, m, d), n = w.shape, x.shape[1]
     threads = torch.get_num_threads() if x.device.type == "cpu" else 1
     parts = threads // math.gcd(k, threads)
-    if parts == 1 or m % parts or m // parts < NARROWEST or known_size(x.numel()) * parts > MOST_COPIED:
+    if parts == 1 or m % parts or m // parts < NARROWEST or (known(x.numel()) or 0) * parts > MOST_COPIED:
         return aten.bmm(x, w.transpose(1, 2))
     x = x.unsqueeze(1).expand(k, parts, n, d).reshape(k * parts, n, d)
     y = aten.bmm(x, w.reshape(k * parts, m // parts, d).transpose(1, 2))

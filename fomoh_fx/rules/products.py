@@ -22,6 +22,7 @@ import torch
 from torch import SymInt, Tensor
 
 from fomoh_fx.hyperdual import Components, HyperDual, add
+from fomoh_fx.sizes import known
 
 Phi = Callable[[Tensor, Tensor], Tensor]
 
@@ -51,13 +52,8 @@ class Forms:
 
 def intensity(n: int | SymInt, d: int | SymInt, m: int | SymInt) -> float:
     """Of a product [N, D] @ [D, M]; a dynamic size counts as at the first call, one that depends on data as none."""
-    n, d, m = map(known_size, (n, d, m))
+    n, d, m = (known(size) or 0 for size in (n, d, m))
     return n * d * m / max(n * d + d * m + n * m, 1)
-
-
-def known_size(size: int | SymInt) -> int:
-    """A dynamic size as it is at the first call; 0 for one that depends on data."""
-    return (size.node.hint or 0) if isinstance(size, SymInt) else size
 
 
 def fewer_products_pay(forms: Forms, components: Components, x: Any, w: Any) -> bool:
@@ -70,7 +66,7 @@ def fewer_products_pay(forms: Forms, components: Components, x: Any, w: Any) -> 
         return False
     if not all(isinstance(factor, HyperDual) and factor.tangent is not None for factor in (x, w)):
         return False
-    numbers = sum(known_size(size) for size in (x.primal.numel(), w.primal.numel(), forms.numbers))
+    numbers = sum(known(size) or 0 for size in (x.primal.numel(), w.primal.numel(), forms.numbers))
     if (components.directions + len(components.pairs)) * numbers > MOST_SUMS or x.primal.device.type != "cpu":
         return False
     return x.primal.dtype == torch.float64 or (x.primal.dtype == torch.float32 and _products_are_exact())
