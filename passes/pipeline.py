@@ -74,7 +74,7 @@ def run(captured: fx.GraphModule, request: Request) -> Compiled:
     verify(stages["expand"], "expand")
     module = stages["expand"]
     for name, rewrite in REWRITES.items():
-        module = rewrite(_copy(module))
+        module = rewrite(copy_of(module))
         verify(module, name)
         stages[name] = module
     for part in module.modules():
@@ -88,11 +88,11 @@ def _seeds_and_asked(module: fx.GraphModule, request: Request) -> tuple[list[fx.
     return [inputs[i] for i in request.seeds], [results[i] for i in request.asked]
 
 
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
+def copy_of(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     copied = _make_graph_module(module, graph)
     for name, child in list(copied.named_children()):
         if isinstance(child, fx.GraphModule):  # the body of a higher-order operator
-            setattr(copied, name, _copy(child))
+            setattr(copied, name, copy_of(child))
     return copied
