@@ -11,7 +11,7 @@ an active higher-order operator is normalised as if all of its inputs were activ
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ class _Normalizer(fx.Interpreter):
         x, stride = args[0], [known(s) for s in captured.meta["val"].stride()]
         if None in stride or [known(s) for s in x.stride()] == stride:  # sizes that only the data decide have no order
             return args
-        order = sorted(range(x.ndim), key=lambda d: stride[d], reverse=True)
+        order = sorted(range(x.ndim), key=lambda d: stride[d] or 0, reverse=True)
         stored = x.permute(order).clone(memory_format=torch.contiguous_format)
         return (stored.permute([order.index(d) for d in range(x.ndim)]), *args[1:])
 
