@@ -82,7 +82,7 @@ def _capture(
     foreign: list[Tensor] = []
     outside: list[nn.Module] = []
     made: list[weakref.ref[Tensor]] = []
-    for _ in range(3):
+    for _ in range(5):
         root = Root(model, loss, call, foreign, outside)
         outcome = _first_that_works(root, argument_names, dynamic_shapes)
         refused = outcome if isinstance(outcome, _DecidedByData) else refusal
@@ -123,7 +123,7 @@ def _with_constants(
     for constants in candidates(root, root.call.tensors, dynamic_shapes is None):
         found, outcome = captured(constants)
         if isinstance(outcome, _DecidedByData) and isinstance(refusal, _DecidedByData):
-            refusal = outcome  # what else decides
+            root, refusal = found, outcome  # what else decides, and what else it refers to
         if isinstance(outcome, CaptureError):
             continue
         if not isinstance(refusal, CaptureError) and any(map(has_sizes_from_data, outcome.module.graph.nodes)):

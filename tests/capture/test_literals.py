@@ -126,3 +126,13 @@ def test_one_tensor_equals_itself() -> None:
         return (x - x.flip(0)).square() if torch.equal(x, x) and not y.equal(x) else x
 
     check(distances, Sample((r(3), r(2))))
+
+
+def test_tensors_of_a_closure_decide_one_after_the_other() -> None:
+    edges, sample, kept = torch.tensor([[0, 1, 2], [1, 2, 0]]), torch.tensor([0, 0, 1]), torch.tensor([True, False])
+
+    def pooled(x: Tensor) -> Tensor:
+        y = x.new_zeros(int(edges.max()) + 1).index_add(0, edges[1], x[edges[0]].sin())
+        return y.new_zeros(int(sample.max()) + 1).index_add(0, sample, y.exp())[kept]
+
+    check(pooled, Sample((r(3),)))
