@@ -84,7 +84,7 @@ def _capture(
     made: list[weakref.ref[Tensor]] = []
     for _ in range(5):
         root = Root(model, loss, call, foreign, outside)
-        outcome = _first_that_works(root, argument_names, dynamic_shapes)
+        outcome: Program | FomohError = _first_that_works(root, argument_names, dynamic_shapes)
         refused = outcome if isinstance(outcome, _DecidedByData) else refusal
         if refused is not None:
             root, outcome = _with_constants(root, refused, argument_names, dynamic_shapes)

@@ -87,7 +87,7 @@ def replaced(module: nn.Module, others: Mapping[int, Any]) -> Iterator[None]:
 
     ``torch.func.functional_call`` goes by names instead, and a module that has two leaves the other tensors behind.
     """
-    tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+    tables: list[Any] = [table for part in module.modules() for table in (part._parameters, part._buffers)]
     before = [dict(table) for table in tables]
     try:
         for table in tables:
