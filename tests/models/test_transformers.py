@@ -250,6 +250,10 @@ SMALLER = {
     },
 }  # fmt: skip
 COMPILED = [*REQUIRED, *SMALLER, "detr"]  # ``--every`` compiles all
+#: A dropout in place draws a mask that depends on no value, for which Inductor has an order of its own.
+WHEN_COMPILED = {**SMALLER, "mobilevit": {"classifier_dropout_prob": 0.0}}
+#: Inductor's own rounding of tables of angles, which transformers computes in float32.
+ROUNDING = 1e-7
 
 
 FAST = [*REQUIRED, "gpt2-cache", "llama-cache", "convnext"]
@@ -263,8 +267,10 @@ def test_eager(name: str) -> None:
 @pytest.mark.slow
 def test_compiled(compiled: str) -> None:
     case = CASES[compiled]
-    case = replace(case, options={**case.options, **SMALLER.get(compiled, {})})
-    check(case.problem(), directions=1 if compiled in OTHERS else 2, lower=fomoh_fx.compile)
+    problem = replace(case, options={**case.options, **WHEN_COMPILED.get(compiled, {})}).problem()
+    problem = replace(problem, tolerance=max(problem.tolerance, ROUNDING))
+    with torch._inductor.config.patch(fallback_random=True):
+        check(problem, directions=1 if compiled in OTHERS else 2, lower=fomoh_fx.compile)
 
 
 @pytest.mark.slow
