@@ -319,8 +319,9 @@ def compile(hd: HyperDualModule, **options: Any) -> HyperDualModule:
         options: for ``torch.compile``: ``mode``, ``backend``, ``options``.
 
     Returns:
-        A :class:`HyperDualModule` that compiles each signature at its first call. Random operators draw other numbers
-        than in eager mode unless ``torch._inductor.config.fallback_random`` is set.
+        A :class:`HyperDualModule` that compiles each signature at its first call, layers that repeat once. Random
+        operators draw other numbers than in eager mode unless ``torch._inductor.config.fallback_random`` is set, and
+        dropout in place draws them in Inductor's own order even then.
 
     Raises:
         ArgumentError: ``hd`` is not a transformed model.
