@@ -58,6 +58,13 @@ _FACTORIES = {
 }  # fmt: skip
 
 
+#: These change the running statistics, and their versions do not tell.
+_KEEP_STATISTICS = {
+    torch.nn.functional.batch_norm, torch.nn.functional.instance_norm, torch.batch_norm, torch.instance_norm,
+    torch.native_batch_norm, torch.batch_norm_update_stats, torch.cudnn_batch_norm, torch.miopen_batch_norm,
+}  # fmt: skip
+
+
 class AsConstants(TorchFunctionMode):
     """Puts constants, whose values a frontend knows, in the place of tensors while a model runs under it.
 
@@ -101,6 +108,9 @@ class AsConstants(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _KEEP_STATISTICS:
+            given = {id(leaf) for leaf in (*args, *kwargs.values())}
+            self.changed |= {name for name, (constant, _) in self.put.items() if id(constant) in given}
         if self.values is not None and func in _FACTORIES and _are_numbers(args, kwargs):
             with unset_fake_temporarily(), disable_proxy_modes_tracing():
                 made = func(*args, **kwargs)

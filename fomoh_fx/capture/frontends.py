@@ -311,8 +311,18 @@ def _distinct(root: Root) -> tuple[Tensor, ...]:
         seen.add(id(tensor))
         distinct.append(tensor)
     for i in root.call.differentiated:  # not as leaves, which nobody may change in place
-        distinct[i] = distinct[i].detach().requires_grad_().clone()
+        distinct[i] = _requiring_gradient(distinct[i])
     return tuple(distinct)
+
+
+def _requiring_gradient(x: Tensor) -> Tensor:
+    """A copy that is no leaf, laid out alike: a model may read the strides."""
+    copied = x.detach().requires_grad_().clone()
+    if copied.stride() == x.stride() or x.numel() == 0:
+        return copied
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    storage = torch.zeros(extent, dtype=x.dtype, device=x.device).requires_grad_().clone()
+    return storage.as_strided(x.shape, x.stride())
 
 
 def _share_tied(program: Program) -> None:

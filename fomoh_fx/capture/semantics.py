@@ -125,6 +125,10 @@ class ReverseModeSemantics(TorchFunctionMode):
                 return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(Tensor, self.own, (args, kwargs), is_leaf=_is_size)
         func = traceable(func, args)
+        if func == torch.Tensor.requires_grad.__set__ and args[0].requires_grad and args[1]:  # type: ignore[attr-defined]
+            return None  # which only leaves allow, and here an input with a tangent is none
+        if getattr(func, "__name__", "").startswith("_foreach_") and mutates(func):
+            return self._change_each(func, args, kwargs)
         if func is LAUNCH:
             for target, value in launch(**kwargs):
                 self._assign(target, value)
@@ -164,6 +168,12 @@ class ReverseModeSemantics(TorchFunctionMode):
         if not any(tensor is known for known, _ in self.before):
             with unset_fake_temporarily(), disable_proxy_modes_tracing():
                 self.before.append((tensor, tensor.detach().clone()))
+
+    def _change_each(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+        """In place on a list: one after the other, so that each is noticed."""
+        values = getattr(torch.ops.aten, func.__name__[:-1])(*args, **kwargs)
+        for target, value in zip(args[0], values, strict=True):
+            self._call(torch.Tensor.copy_, (target, value), {})
 
     @staticmethod
     def _mutate_value(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:

@@ -136,3 +136,32 @@ def test_tensors_of_a_closure_decide_one_after_the_other() -> None:
         return y.new_zeros(int(sample.max()) + 1).index_add(0, sample, y.exp())[kept]
 
     check(pooled, Sample((r(3),)))
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor, sample: Tensor) -> Tensor:
+        y = self.norm(self.layer(x)).sin()
+        return x.new_zeros(int(sample.max()) + 1, 3).index_add(0, sample, y)
+
+
+def test_running_statistics_are_no_constants() -> None:
+    model = Normalised().double()
+    hd = fomoh_fx.transform(model, lambda output: output.square().mean())
+    for number in (1, 2):
+        check_call(hd, Problem(model, (r(4, 3), torch.tensor([0, 0, 1, 1])), loss=hd.loss))
+        assert len(hd._traced) == 1 and model.norm.num_batches_tracked == number
+
+
+def changed_in_a_list(x: Tensor) -> Tensor:
+    scale = torch.zeros(3, dtype=x.dtype)
+    torch._foreach_add_([scale], [x.detach()])
+    return x.sin() if scale.sum() > 0 else x.cos()
+
+
+def test_what_is_changed_in_a_list_is_data() -> None:
+    with pytest.raises(CaptureError, match="values of tensors decide"):
+        fomoh_fx.transform(changed_in_a_list, wrt="inputs")(r(3), tangents=[r(2, 3)])

@@ -299,3 +299,18 @@ def test_an_input_with_a_tangent_requires_a_gradient(x):
     plain = fomoh_fx.transform(lambda x, y: (x * 2 if x.requires_grad else x) * y, wrt="inputs")
     out = plain(x, x.cos(), tangents=(None, torch.ones(1, 4, 5, dtype=x.dtype)))
     torch.testing.assert_close(out.primal, x * x.cos())
+
+
+def test_input_that_is_told_to_require_a_gradient():
+    def energy(x):
+        x.requires_grad = True
+        return torch.autograd.grad(x.pow(4).sum(), x, create_graph=True)[0]
+
+    x, v = torch.randn(3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(fomoh_fx.transform(energy, wrt="inputs")(x, tangents=[v]).tangent, 12 * x.square() * v)
+
+
+@pytest.mark.parametrize("x", [torch.randn(2, 6)[:, ::2], torch.randn(3).expand(2, 3)])
+def test_strides_of_an_input_with_a_tangent(x):
+    hd = fomoh_fx.transform(lambda x: x.sin() * (1 + x.stride(0)), wrt="inputs")
+    torch.testing.assert_close(hd(x, tangents=[torch.ones(1, 2, 3)]).primal, x.sin() * (1 + x.stride(0)))
