@@ -35,6 +35,7 @@ from fomoh_fx.passes.sites import Point, find_points, reductions
 from fomoh_fx.passes.verify import verify
 from fomoh_fx.seeds import Seeds
 from fomoh_fx.signature import signature_of
+from fomoh_fx.specialization import is_as_captured, outside_modes
 from fomoh_fx.transform import HyperDualModule, argument_names
 
 #: At most so many numbers in a matrix that feeds the output's gradient back to a point.
@@ -83,6 +84,7 @@ class _Specialization:
     far: list[str]
     graph: fx.GraphModule
     run: Callable[..., Any]
+    outside: list[bool]
 
 
 class ActivityGradient:
@@ -102,7 +104,8 @@ class ActivityGradient:
         if isinstance(perturbations, bool) or not isinstance(perturbations, int) or perturbations < 1:
             raise ArgumentError(f"perturbations: expected a number of at least 1, got {perturbations!r}")
         self.hd, self.perturbations, self.exact, self.feedback = hd, perturbations, exact, feedback
-        self._specializations: dict[Any, _Specialization] = {}
+        self._specializations: dict[Any, list[_Specialization]] = {}
+        self._latest: _Specialization | None = None
 
     def __call__(
         self,
@@ -142,20 +145,24 @@ class ActivityGradient:
 
     @property
     def latest(self) -> fx.GraphModule:
-        """The graph of the latest signature."""
-        return list(self._specializations.values())[-1].graph
+        """The graph of the latest call."""
+        assert self._latest is not None
+        return self._latest.graph
 
     @property
     def plan(self) -> Plan:
-        """What the graph of the latest signature guesses, and how."""
-        return list(self._specializations.values())[-1].plan
+        """What the graph of the latest call guesses, and how."""
+        assert self._latest is not None
+        return self._latest.plan
 
     def _specialized(self, call: Call, parameters: tuple[str, ...]) -> _Specialization:
         signature = signature_of(self.hd.module, self.hd.loss, call, Seeds((), (), 0))
-        key = (signature, parameters)
-        if key not in self._specializations:
-            self._specializations[key] = self._compile(call, parameters)
-        return self._specializations[key]
+        known = self._specializations.setdefault((signature, parameters), [])
+        self._latest = next((s for s in known if is_as_captured(s.program, s.outside, call.tensors)), None)
+        if self._latest is None:
+            self._latest = self._compile(call, parameters)
+            known.insert(0, self._latest)
+        return self._latest
 
     def _compile(self, call: Call, parameters: tuple[str, ...]) -> _Specialization:
         program = capture(self.hd.model, self.hd.loss, call, argument_names(self.hd.model, call))
@@ -174,7 +181,8 @@ class ActivityGradient:
             verify(graph, "guess")
         positions = {n: i for i, n in enumerate(inputs_of(module))}
         names, far = ([program.inputs[positions[n]].name for n in nodes] for nodes in (plan.parameters, plan.far))
-        return _Specialization(program, plan, names, far, graph, self.hd.lowering(graph, False))
+        run = self.hd.lowering(graph, False)
+        return _Specialization(program, plan, names, far, graph, run, outside_modes(program))
 
     def _plan(
         self, module: fx.GraphModule, program: Program, values: Values, trained: Sequence[int], at: Sequence[int]

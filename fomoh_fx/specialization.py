@@ -105,22 +105,8 @@ class Specialization:
         return same and outside_modes(self.program) == self.outside
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether what the signature cannot see is as it was: what a function or loss refers to, and constants."""
-        if outside_modes(self.program) != self.outside:
-            return False
-        if not self.program.has_its_structures():
-            return False
-        if not all(torch.equal(what.value(tensors), value) for what, value in self.program.constants):
-            return False
-        for what, node in zip(self.program.inputs, self.program.placeholders, strict=True):
-            traced = node.meta["val"]
-            if what.kind != "argument":
-                now = what.value(())
-                if not isinstance(now, Tensor) or now in COMPUTED_FROM:
-                    return False
-                if (now.shape, now.dtype, now.device) != (traced.shape, traced.dtype, traced.device):
-                    return False
-        return True
+        """Whether what the signature cannot see is as it was."""
+        return is_as_captured(self.program, self.outside, tensors)
 
     def __call__(self, tensors: Sequence[Tensor], tangents: Sequence[Tensor]) -> HyperDual:
         """Evaluate; buffers and arguments that the model changes are updated from the primal, once."""
@@ -169,3 +155,27 @@ class Specialization:
 def outside_modes(program: Program) -> list[bool]:
     """The training flags of the modules that the model or the loss refers to without owning them; Dynamo reads this."""
     return [module.training for top in program.outside for module in top.modules()]
+
+
+def is_as_captured(program: Program, outside: list[bool], tensors: Sequence[Tensor]) -> bool:
+    """Whether what no signature can see is as it was: what a function or loss refers to, and constants."""
+    if outside_modes(program) != outside or not program.has_its_structures():
+        return False
+    for what, node in zip(program.inputs, program.placeholders, strict=True):
+        traced = node.meta["val"]
+        if what.kind != "argument":
+            now = what.value(())
+            if not isinstance(now, Tensor) or now in COMPUTED_FROM:
+                return False
+            if (now.shape, now.dtype, now.device) != (traced.shape, traced.dtype, traced.device):
+                return False
+    return all(_is_equal(what.value(tensors), value) for what, value in program.constants)
+
+
+def _is_equal(now: Any, value: Tensor) -> bool:
+    """Whether it is a tensor of the same kind and the same numbers; not a number counts as equal to itself."""
+    if not isinstance(now, Tensor) or (now.dtype, now.device) != (value.dtype, value.device):
+        return False
+    if not value.is_floating_point():
+        return torch.equal(now, value)
+    return now.shape == value.shape and bool(((now == value) | (now.isnan() & value.isnan())).all())

@@ -347,7 +347,8 @@ def _refuse_fixed(program: Program, dims: list[dict[int, Any]]) -> None:
 
 _UNTRACED = (
     "torch.compile(hd) met a signature that was not traced: call hd once, or hd.trace(...), with arguments of these "
-    "shapes first, or use fomoh_fx.compile(hd), which traces by itself"
+    "shapes first, or use fomoh_fx.compile(hd), which traces by itself, also where the values of "
+    "tensors decide a branch or a shape"
 )
 
 

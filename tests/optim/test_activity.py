@@ -293,3 +293,25 @@ def test_a_nan_leaves_everything_as_it_is():
     assert opt.skipped == 1
     losses = [float(opt.step(x, targets=(y,))) for _ in range(10)]
     assert losses[-1] < losses[0]
+
+
+def test_what_decides_a_branch_has_a_graph_of_its_own():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x, kind):
+            y = self.inner(x)
+            return self.outer(y.tanh() if int(kind) > 0 else y.square())
+
+    model, x, y = Branching(), torch.randn(5, 3), torch.randint(3, (5,))
+    gradient = ActivityGradient(fomoh_fx.transform(model, cross_entropy))
+    named = dict(model.named_parameters())
+    for kind in map(torch.tensor, (1, 0, 1)):
+        found = gradient((x, kind), {}, (y,), tuple(named), lambda shape, like: torch.randn(tuple(shape)), {})
+        loss = cross_entropy(model(x, kind), y)
+        torch.testing.assert_close(found.loss, loss.detach())
+        for name, expected in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
+            torch.testing.assert_close(found.whole[name], expected)
+    assert sum(map(len, gradient._specializations.values())) == 2
