@@ -494,6 +494,9 @@ def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Prog
         module = record(functional, table)(*fakes)
         for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
             node.replace_all_uses_with(node.args[0])  # how autograd saves a value; the model's own are stop_gradient
+        for node in module.graph.find_nodes(op="call_function", target=aten._local_scalar_dense.default):
+            if not node.users:  # a number that was known: the graph is for it
+                module.graph.erase_node(node)
         # functionalized after recording: a model that calls torch.autograd.grad cannot run inside functionalize
         module = record(torch.func.functionalize(fx.Interpreter(module).run, remove="mutations"))(*fakes)
     inputs = [_state(root, name) for name in owned]

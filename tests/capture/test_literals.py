@@ -165,3 +165,40 @@ def changed_in_a_list(x: Tensor) -> Tensor:
 def test_what_is_changed_in_a_list_is_data() -> None:
     with pytest.raises(CaptureError, match="values of tensors decide"):
         fomoh_fx.transform(changed_in_a_list, wrt="inputs")(r(3), tangents=[r(2, 3)])
+
+
+class Forces(Normalised):
+    """A derivative inside, as of the energy of atoms."""
+
+    def forward(self, x: Tensor, sample: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (force,) = torch.autograd.grad(self.layer(x).sin().sum(), x, create_graph=True)
+        return x.new_zeros(int(sample.max()) + 1, 3).index_add(0, sample, force)
+
+
+def test_whole_numbers_decide_beside_a_derivative_inside() -> None:
+    model = Forces().double()
+    hd = fomoh_fx.transform(model, lambda output: output.square().mean(), wrt="layer.weight")
+    given = {"layer.weight": r(2, 3, 3)}
+    for sample in ([0, 0, 1, 1], [0, 1, 1, 2]):
+        x, sample = r(4, 3), torch.tensor(sample)
+        out = hd(x, sample, tangents=given)
+        loss = hd.loss(model(x, sample))
+        (slope,) = torch.autograd.grad(loss, model.layer.weight)
+        torch.testing.assert_close(out.primal, loss.detach())
+        torch.testing.assert_close(out.tangent, (given["layer.weight"] * slope).sum((1, 2)))
+
+
+def test_not_a_number_in_a_constant_is_not_captured_again() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = nn.Buffer(torch.tensor([float("nan"), 2.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin() if self.scales[1] > 1 else x.cos()
+
+    hd = fomoh_fx.transform(Scaled(), wrt="inputs")
+    for _ in range(2):
+        hd(r(3), tangents=[r(2, 3)])
+    assert len(hd._traced) == 1
