@@ -32,6 +32,7 @@ from fomoh_fx.capture.counters import refuse_counted
 from fomoh_fx.capture.dimensions import marks_kept, refusals
 from fomoh_fx.capture.draws import refuse_drawn
 from fomoh_fx.capture.leaks import refuse_kept
+from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
 from fomoh_fx.capture.state import STANDARD, Keys, children, place_of, replaced, structure, written
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
@@ -202,6 +203,7 @@ def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         program.constants = [(_constant(root, name, names), v.clone()) for name, v in (root.constants or {}).items()]
         _share_tied(program)
         _name_inputs(program)
+        refuse_overlaps(program, root.call.tensors)
         _note_assignments(program, root)
         return program
     kind, lines = (_DecidedByData, [*refused, ADVICE]) if decided_by_data else (CaptureError, refused)
