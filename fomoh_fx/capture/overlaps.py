@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ def refuse_overlaps(program: Program, tensors: Sequence[Tensor]) -> None:
         CaptureError: it shares memory with another one, named with it; ranges of addresses that interleave, such as two
             columns of one matrix, count as shared.
     """
-    results = program.module.graph.output_node().args[0]
+    results: Any = program.module.graph.output_node().args[0]
     read = [what for node, what in zip(program.placeholders, program.inputs, strict=True) if node.users]
     for result, output in zip(results, program.outputs, strict=True):
         if output.kind != "change" or output.changes is None:
@@ -44,4 +45,5 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
 
 def _bytes(x: Tensor) -> tuple[int, int]:
     length = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
-    return x.storage_offset() * x.element_size(), (x.storage_offset() + length) * x.element_size()
+    start, size = int(x.storage_offset()), x.element_size()
+    return start * size, (start + int(length)) * size
