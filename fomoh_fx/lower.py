@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fomoh_fx.passes.outline import outline
 from fomoh_fx.passes.pipeline import copy_of
@@ -23,8 +23,21 @@ def eager(module: fx.GraphModule, dynamic: bool) -> Callable[..., Any]:
 def inductor(module: fx.GraphModule, dynamic: bool, **options: Any) -> Callable[..., Any]:
     """The graph as one program of torch.compile, without a graph break; layers that repeat are compiled once.
 
-    With dynamic dimensions every layer is compiled: Dynamo cannot yet call a region again with a symbol that became a
-    number (``KeyError`` in ``stamp_out_subgraph``).
+    With dynamic dimensions every layer is compiled, for Dynamo cannot yet call a region again with a symbol that became
+    a number (``KeyError`` in ``stamp_out_subgraph``). So it is for inputs that share memory, such as parts of one flat
+    vector: no two operands of a region may.
     """
-    repeated_once = module if dynamic else outline(copy_of(module))
-    return torch.compile(repeated_once, fullgraph=True, dynamic=dynamic, **options)
+    whole = torch.compile(module, fullgraph=True, dynamic=dynamic, **options)
+    layers = module if dynamic else outline(copy_of(module))
+    if len(layers.graph.nodes) == len(module.graph.nodes):  # nothing repeats
+        return whole
+    by_regions = torch.compile(layers, fullgraph=True, dynamic=dynamic, **options)
+
+    def run(*inputs: Tensor) -> Any:
+        return whole(*inputs) if torch.compiler.is_compiling() or _share_memory(inputs) else by_regions(*inputs)
+
+    return run
+
+
+def _share_memory(tensors: Sequence[Tensor]) -> bool:
+    return len({x.untyped_storage()._cdata for x in tensors}) < len(tensors)

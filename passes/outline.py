@@ -2,8 +2,8 @@
 
 Contract: a functional graph in, one that computes the same values in the same order out. A region is a stretch of
 nodes that occurs several times, one right after the other: the same operators, sizes, dtypes and layouts, with the same
-of their operands computed inside. Nothing that a region returns shares memory with what it takes or with something else
-that it returns. Stretches begin where the fewest numbers pass from one to the next.
+of their operands computed inside. Neither two values that a region takes share memory, nor one that it returns with
+another or with one that it takes. Stretches begin where the fewest numbers pass from one to the next.
 """
 
 # Dynamo's own use_graph_deduplication grows equal regions from every node: on 12 layers it found many small ones and
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.passes.dataflow import bodies_of, is_assertion, is_view
+from fomoh_fx.passes.dataflow import bodies_of, is_assertion, is_view, root_of
 from fomoh_fx.sizes import known
 
 #: Nodes of a region, from which on compiling it once is worth its calls.
@@ -143,6 +143,8 @@ def _repetition(stretches: list[list[fx.Node]], first: int) -> Repetition | None
             columns[column] = None
         elif len(inside) > 1:
             return None
+    if any(len(set(map(root_of, run))) < len(columns) for run in zip(*columns, strict=True)):
+        return None  # Dynamo takes no two operands that share memory
     returned = [
         q
         for q, runs in enumerate(zip(*stretches, strict=True))

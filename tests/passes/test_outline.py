@@ -219,6 +219,29 @@ def compile_and_compare(model, monkeypatch, **options):
     return [len(found.stretches) for found in lowered]
 
 
+def test_blocks_that_take_two_parts_of_one_tensor_stay():
+    """Dynamo takes no two operands that share memory."""
+
+    def function(x, w):
+        for a, b in zip(w.split(3)[:4], w.split(3)[4:], strict=True):
+            x = (x @ a).sin() + (x @ b).cos() + x
+        return [x]
+
+    assert outlined(function, X, torch.randn(24, 3)) == []
+
+
+def test_tangents_that_are_parts_of_one_vector():
+    model = deep(4)
+    given = arguments(model)
+    x, tangents = given.pop("x"), given.pop("tangents")
+    parts = torch.cat([v.flatten() for v in tangents.values()]).split([v.numel() for v in tangents.values()])
+    tangents = {name: part.view_as(tangents[name]) for name, part in zip(tangents, parts, strict=True)}
+    hd = fomoh_fx.transform(model, nn.functional.cross_entropy)
+    expected = hd(x, tangents=tangents, **given)
+    actual = fomoh_fx.compile(hd, backend="aot_eager")(x, tangents=tangents, **given)
+    torch.testing.assert_close(actual.cross, expected.cross)
+
+
 @pytest.mark.slow
 def test_compiled(monkeypatch):
     """With Inductor's random numbers in every run its own."""
