@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +28,13 @@ def inductor(module: fx.GraphModule, dynamic: bool, **options: Any) -> Callable[
     a number (``KeyError`` in ``stamp_out_subgraph``). So it is for inputs that share memory, such as parts of one flat
     vector: no two operands of a region may.
     """
-    whole = torch.compile(module, fullgraph=True, dynamic=dynamic, **options)
-    layers = module if dynamic else outline(copy_of(module))
+    compiled = partial(torch.compile, fullgraph=True, dynamic=dynamic, **options)
+    if dynamic:
+        return compiled(module)
+    layers = outline(copy_of(module))
     if len(layers.graph.nodes) == len(module.graph.nodes):  # nothing repeats
-        return whole
-    by_regions = torch.compile(layers, fullgraph=True, dynamic=dynamic, **options)
+        return compiled(layers)
+    whole, by_regions = compiled(copy_of(module)), compiled(layers)
 
     def run(*inputs: Tensor) -> Any:
         return whole(*inputs) if torch.compiler.is_compiling() or _share_memory(inputs) else by_regions(*inputs)
