@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.passes.dataflow import bodies_of, is_assertion, is_view, root_of
+from fomoh_fx.passes.dataflow import bodies_of, is_assertion, is_view
 from fomoh_fx.sizes import known
 
 #: Nodes of a region, from which on compiling it once is worth its calls.
@@ -143,7 +143,7 @@ def _repetition(stretches: list[list[fx.Node]], first: int) -> Repetition | None
             columns[column] = None
         elif len(inside) > 1:
             return None
-    if any(len(set(map(root_of, run))) < len(columns) for run in zip(*columns, strict=True)):
+    if any(len(set(map(_owner, run))) < len(columns) for run in zip(*columns, strict=True)):
         return None  # Dynamo takes no two operands that share memory
     returned = [
         q
@@ -151,8 +151,8 @@ def _repetition(stretches: list[list[fx.Node]], first: int) -> Repetition | None
         if any(user not in of for of, node in zip(places, runs, strict=True) for user in node.users)
     ]
     values = [stretches[0][q] for q in returned]
-    owners = [_owner(node, places[0]) for node in values]
-    if None in owners or len(set(owners)) < len(owners):
+    owners = {_owner(node) for node in values}
+    if len(owners) < len(values) or not owners <= places[0].keys():
         return None
     if not all(isinstance(node.meta.get("val"), Tensor) for node in values):
         return None
@@ -169,11 +169,11 @@ def _taken(node: fx.Node) -> list[fx.Node]:
     return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]
 
 
-def _owner(node: fx.Node, inside: dict[fx.Node, int]) -> fx.Node | None:
-    """The node inside that owns the memory, None where it comes from outside."""
-    while node in inside and is_view(node):
+def _owner(node: fx.Node) -> fx.Node:
+    """The node whose memory it is; each output of an operator that has several owns its own."""
+    while is_view(node):
         node = node.args[0]  # type: ignore[assignment]
-    return node if node in inside else None
+    return node
 
 
 def _replace(graph: fx.Graph, found: Repetition) -> None:

@@ -89,6 +89,7 @@ def _seeds_and_asked(module: fx.GraphModule, request: Request) -> tuple[list[fx.
 
 
 def copy_of(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with nodes and bodies of its own, for a pass to rewrite."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     copied = _make_graph_module(module, graph)

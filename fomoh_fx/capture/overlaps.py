@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fomoh_fx.capture.program import Program
@@ -37,6 +38,8 @@ def refuse_overlaps(program: Program, tensors: Sequence[Tensor]) -> None:
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
     """Whether the ranges of bytes from the first to the last element of both have some in common."""
+    if not one.layout == other.layout == torch.strided:  # sparse ones are refused elsewhere
+        return False
     if one.untyped_storage()._cdata != other.untyped_storage()._cdata:
         return False
     (start, end), (other_start, other_end) = _bytes(one), _bytes(other)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fomoh_fx
-from fomoh_fx.errors import CaptureError
+from fomoh_fx.errors import CaptureError, FomohError
 
 X = torch.linspace(-1, 1, 3, dtype=torch.float64)
 
@@ -64,3 +64,19 @@ def test_one_tensor_as_two_arguments():
     counts = torch.ones(2, dtype=torch.float64)
     with pytest.raises(CaptureError, match="shares memory"):
         fomoh_fx.transform(function, wrt="inputs")(X, counts, counts, tangents=(X[None], None, None))
+
+
+def test_a_sparse_tensor_beside_what_changes_is_refused_by_name():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x, adjacency):
+            self.calls.add_(1)
+            return (adjacency @ (x * self.scale)).sum() * self.calls
+
+    hd = fomoh_fx.transform(Graph())
+    with pytest.raises(FomohError, match="sparse"):
+        hd(X, torch.eye(3, dtype=torch.float64).to_sparse(), tangents={"scale": X[None]})

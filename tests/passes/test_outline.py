@@ -111,6 +111,20 @@ def test_two_kinds_of_blocks():
     assert outlined(function, X, *torch.randn(7, 3, 3).unbind()) == [3, 4]
 
 
+def test_a_second_kind_takes_several_values_of_the_first():
+    """Which one call returns: they share no memory."""
+
+    def function(x, *weights):
+        y = x.exp()
+        for w in weights[:4]:
+            x, y = block(x, w), (y @ w).cos() * x
+        for w in weights[4:]:
+            x, y = (x.exp() / (1 + y.exp()) @ w).tanh() - x, y * x.sigmoid()
+        return [x, y]
+
+    assert outlined(function, X, *torch.randn(7, 3, 3).unbind()) == [3, 4]
+
+
 def test_what_blocks_share_and_what_is_used_later():
     """A value from before all blocks, one of every block that the graph returns, one of the block before the last."""
 
