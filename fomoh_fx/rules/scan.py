@@ -1,27 +1,19 @@
 """Products and cumulative operators along one dimension of n elements, in log2(n) steps: a balanced tree, or doubling.
 
-Every step is an ordinary product, so that zeros need no special case.
+Every step is an ordinary operator, so that zeros and masked elements need no special case.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
 
-from fomoh_fx.errors import UnsupportedOpError
-from fomoh_fx.hyperdual import Components, HyperDual, add
-from fomoh_fx.rules.joint import padded
-from fomoh_fx.rules.reduction import Part, each, from_right, reduction
+import torch
+from torch import SymInt, Tensor
+
 from fomoh_fx.rules.registry import Composite, register
 
 aten = torch.ops.aten
-
-
-def _length(x: Tensor, dim: int) -> int:
-    size = x.shape[dim]
-    if not isinstance(size, int):
-        raise UnsupportedOpError("its rule needs a dimension of fixed size, not a dynamic one")
-    return size
+Combine = Callable[[Tensor, Tensor], Tensor]
 
 
 def _prod(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -29,11 +21,14 @@ def _prod(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _prod_along(x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    """The product of both halves, until one element is left."""
+    """The product of both halves, until one element is left; of a dynamic length, the last of the running products."""
     x = x if dtype is None else x.to(dtype)
     if x.ndim == 0:
         return x.clone()
-    size = _length(x, dim)
+    size = x.shape[dim]
+    if isinstance(size, SymInt):
+        running = _cumprod(x, dim)
+        return running.narrow(dim, size - 1, 1) if keepdim else running.select(dim, -1)
     if size == 0:
         return torch.ones_like(x.sum(dim, keepdim))
     while size > 1:
@@ -44,56 +39,49 @@ def _prod_along(x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtyp
 
 
 def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Step s multiplies every element by the one s places before it, s = 1, 2, 4, ..: all products of 2 s elements."""
-    x = x if dtype is None else x.to(dtype)
+    return _doubled(torch.mul, x if dtype is None else x.to(dtype), dim)
+
+
+def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    return _doubled(_logaddexp, x, dim)
+
+
+def _logaddexp(before: Tensor, x: Tensor) -> Tensor:
+    """Without the derivative at two elements that are both masked, which is not a number."""
+    return torch.where(before == -torch.inf, x, torch.logaddexp(x, before))
+
+
+def _doubled(combine: Combine, x: Tensor, dim: int) -> Tensor:
+    """Step s combines every element with the one s places before it, s = 1, 2, 4, ..: all runs of 2 s elements."""
     if x.ndim == 0:
         return x.clone()
-    size, step = _length(x, dim), 1
+    size, step = x.shape[dim], 1
+    if isinstance(size, SymInt):
+        return _doubled_in_a_loop(combine, x, dim)
     while step < size:
         rest = size - step
-        x = torch.cat([x.narrow(dim, 0, step), x.narrow(dim, step, rest) * x.narrow(dim, 0, rest)], dim)
+        x = torch.cat([x.narrow(dim, 0, step), combine(x.narrow(dim, 0, rest), x.narrow(dim, step, rest))], dim)
         step *= 2
     return x
 
 
-def _logcumsumexp(components: Components, x: HyperDual, y: Tensor, dim: int) -> HyperDual:
-    """By doubling, where each step is :func:`_logaddexp` of every element and the one ``step`` places before it."""
-    (dim,) = from_right(y, dim)
-    size, step = _length(y, dim), 1
-    while step < size:
+def _doubled_in_a_loop(combine: Combine, x: Tensor, dim: int) -> Tensor:
+    """The same where the length, and so the number of steps, is known at the call only."""
+    places = torch.arange(x.shape[dim], device=x.device)
+    along = [-1 if d == dim % x.ndim else 1 for d in range(x.ndim)]
 
-        def at(start: int, x: HyperDual = x, rest: int = size - step) -> HyperDual:
-            return HyperDual(x.primal.narrow(dim, start, rest), *each(lambda p: p.narrow(dim, start, rest), x))
+    def is_short(step: Tensor, x: Tensor, places: Tensor) -> Tensor:
+        return step < places.shape[0]
 
-        def after(old: Part, new: Part, step: int = step) -> Part:
-            """The first ``step`` elements as they are, and the new ones."""
-            if old is None:
-                return None if new is None else padded(new, new.ndim + dim, step, 0)
-            assert new is not None  # has every component that the old ones have
-            return torch.cat([old.narrow(dim, 0, step), new], dim)
+    def double(step: Tensor, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        before = x.index_select(dim, (places - step).clamp(min=0))
+        return step * 2, torch.where((places >= step).view(along), combine(before, x), x)
 
-        z = _logaddexp(components, at(0), at(step))
-        x = HyperDual(*map(after, (x.primal, x.tangent, x.cross), (z.primal, z.tangent, z.cross)))
-        step *= 2
-    return HyperDual(y, x.tangent, x.cross)
-
-
-def _logaddexp(components: Components, a: HyperDual, b: HyperDual) -> HyperDual:
-    """With s = exp(a - z) and t = exp(b - z), which are zero where z is -inf:
-
-    z_i = s a_i + t b_i and z_c = s a_c + t b_c + s t sum_ij S_c,ij (a_i - b_i) (a_j - b_j).
-    """
-    z = torch.logaddexp(a.primal, b.primal)
-    finite = aten.where.ScalarOther(z != -torch.inf, z, 0.0)
-    s, t = (a.primal - finite).exp(), (b.primal - finite).exp()
-    tangent = None if a.tangent is None else s * a.tangent + t * b.tangent
-    cross = None if a.cross is None else s * a.cross + t * b.cross
-    if a.tangent is not None and components.second_order is not None:
-        cross = add(cross, s * t * components.square(a.tangent - b.tangent))
-    return HyperDual(z, tangent, cross)
+    step = torch.ones((), dtype=torch.int64, device=x.device)
+    return torch.ops.higher_order.while_loop(is_short, double, (step, x), (places,))[1]
 
 
 register(aten.prod.default, Composite(_prod))
 register(aten.prod.dim_int, Composite(_prod_along))
 register(aten.cumprod.default, Composite(_cumprod))
-register(aten.logcumsumexp.default, reduction(_logcumsumexp))
+register(aten.logcumsumexp.default, Composite(_logcumsumexp))

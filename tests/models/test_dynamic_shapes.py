@@ -15,7 +15,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import fomoh_fx
-from fomoh_fx.errors import CaptureError, UnsupportedOpError
+from fomoh_fx.errors import CaptureError
 from fomoh_fx.seeds import positional_names
 from fomoh_fx.transform import HyperDualModule
 from tests.models.checking import Problem, check_call
@@ -181,11 +181,10 @@ SLOW = [
     "experts_by_rows", "tabular_transformer", "attention_pooling", "receptance_weighted_key_value", "linear_attention",
     "low_rank_adaptation", "parametrised_weights", "set_prediction", "retention", "point_net", "recurrent_cells",
 ]  # fmt: skip
-FIXED_SCAN = pytest.mark.xfail(raises=UnsupportedOpError, strict=True, reason="cumprod scans a length that is fixed")
-MARKS = {**dict.fromkeys(SLOW, pytest.mark.slow), "radiance_field": FIXED_SCAN}
+MARKS = dict.fromkeys(SLOW, pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, [])) for n in PROBLEMS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, ())) for n in PROBLEMS])
 def test_eager(name: str) -> None:
     check_dynamic(PROBLEMS[name]())
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from torch.export import Dim
 
-from fomoh_fx.hyperdual import Components, HyperDual
-from fomoh_fx.rules.registry import RULES
+import fomoh_fx
 from tests.rules.checking import Sample, check
 
 aten = torch.ops.aten
@@ -63,18 +63,49 @@ def test_rule(op, sample, second_order):
     check(op, sample, second_order)
 
 
+def expanded(function, x, v, **options):
+    return fomoh_fx.transform(function, wrt="inputs", **options)(x, tangents=(v,))
+
+
 def test_logcumsumexp_takes_no_part_in_masked_elements():
-    op = aten.logcumsumexp.default
-    components = Components(2, "plane")
-    v, c = r(2, 5), r(3, 5)
-    y = RULES[op](op, components, HyperDual(MASKED, v, c), 0)
-    kept = [2, 4]
-    z = RULES[op](op, components, HyperDual(MASKED[kept], v[:, kept], c[:, kept]), 0)
-    assert not y.tangent[:, 1].any() and not y.cross[:, 1].any()
+    v, kept = r(2, 5), [2, 4]
+    y = expanded(lambda x: x.logcumsumexp(0), MASKED, v)
+    z = expanded(lambda x: x.logcumsumexp(0), MASKED[kept], v[:, kept])
+    assert not y.cross[:, 1].any()
     torch.testing.assert_close(y.tangent[:, [2, 3, 4]], z.tangent[:, [0, 0, 1]])
     torch.testing.assert_close(y.cross[:, [2, 3, 4]], z.cross[:, [0, 0, 1]])
 
 
-def test_first_order_alone_has_no_cross_component():
-    op = aten.logcumsumexp.default
-    assert RULES[op](op, Components(1, None), HyperDual(r(4), r(1, 4)), 0).cross is None
+RUNNING = {
+    "prod": lambda x: x.square().sum(0) * x.prod(0),
+    "prod of all": lambda x: x.sin().prod(),
+    "prod, kept": lambda x: x.cos().prod(0, keepdim=True) * x,
+    "cumprod": lambda x: x.exp().cumprod(0).cumprod(-1),
+    "logcumsumexp": lambda x: x.square().logcumsumexp(0),
+    "both": lambda x: x.cumprod(0).logcumsumexp(0),
+}
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_a_dynamic_length(name):
+    """One trace serves every length, with zeros as well."""
+    function = RUNNING[name]
+    hd = fomoh_fx.transform(function, wrt="inputs")
+    hd.trace(r(4, 2), tangents=(r(2, 4, 2),), dynamic_shapes={"x": {0: Dim("length", min=2, max=64)}})
+    traced = hd.latest
+    for length in (2, 3, 8, 13):
+        x, v = r(length, 2), r(2, length, 2)
+        x[::3] = 0
+        y, fixed = hd(x, tangents=(v,)), expanded(function, x, v)
+        assert hd.latest is traced
+        for part in ("primal", "tangent", "cross"):
+            torch.testing.assert_close(getattr(y, part), getattr(fixed, part))
+
+
+@pytest.mark.slow
+def test_a_dynamic_length_compiled():
+    hd = fomoh_fx.compile(fomoh_fx.transform(RUNNING["both"], wrt="inputs"))
+    hd.trace(r(4, 2), tangents=(r(2, 4, 2),), dynamic_shapes={"x": {0: Dim.DYNAMIC}})
+    for length in (5, 9):
+        x, v = r(length, 2), r(2, length, 2)
+        torch.testing.assert_close(hd(x, tangents=(v,)).cross, expanded(RUNNING["both"], x, v).cross)
