@@ -178,8 +178,29 @@ def _owns(module: nn.Module, tensor: Tensor) -> bool:
     return any(tensor is t for t in (*module.parameters(), *module.buffers()))
 
 
+#: What autograd says where PyTorch has no backward, which expanding forward does not need.
+_NO_BACKWARD = re.compile(
+    "is not differentiable with respect to argument|don't support automatic differentiation"
+    "|do not allow the output views to be modified inplace"
+)
+
+
 def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program | CaptureError:
-    """What the first frontend that captures the root makes of it, or why none does."""
+    """What the first frontend that captures the root makes of it, or why none does.
+
+    Arguments with tangents require a gradient meanwhile, unless autograd refuses that and the model does not ask.
+    """
+    outcome = _by_some_frontend(root, names, dynamic_shapes)
+    if not isinstance(outcome, CaptureError) or not _NO_BACKWARD.search(str(outcome)):
+        return outcome
+    differentiated, root.call.differentiated = root.call.differentiated, ()
+    without = _by_some_frontend(root, names, dynamic_shapes)
+    root.call.differentiated = differentiated
+    assert root.observed.semantics is not None
+    return outcome if root.observed.semantics.has_denied else without
+
+
+def _by_some_frontend(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program | CaptureError:
     refused: list[str] = []
     decided_by_data = False
     for name, frontend in FRONTENDS.items():

@@ -58,6 +58,7 @@ def _call_under_transforms(function: type[torch.autograd.Function], *args: Any, 
 
 _STOPS = {torch.Tensor.detach, torch.detach}
 _GRAD_MODE = {torch._C._set_grad_enabled}
+_ASK_FOR_GRADIENT = {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad_fn")}
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
@@ -87,6 +88,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         foreign: tensors that the model uses without owning them (captured by a closure, a plain attribute).
         before: those of them that the run changes in place, and copies from before.
         made: what torch functions have returned.
+        has_denied: whether the model has asked a tensor for a gradient of it, and been told that there is none.
     """
 
     def __init__(self, known: Mapping[int, Tensor], before: list[tuple[Tensor, Tensor]]) -> None:
@@ -94,6 +96,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         self.known, self.before = known, before
         self.foreign: dict[int, Tensor] = {}
         self.made: list[weakref.ref[Tensor]] = []
+        self.has_denied = False
         self._stopped_views: dict[int, tuple[Tensor, Tensor]] = {}  # by id: x.detach() or x.data, and x
         self._patches = ExitStack()
 
@@ -124,6 +127,7 @@ class ReverseModeSemantics(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(Tensor, self.own, (args, kwargs), is_leaf=_is_size)
+        self.has_denied |= func in _ASK_FOR_GRADIENT and not args[0].requires_grad
         func = traceable(func, args)
         if func == torch.Tensor.requires_grad.__set__ and args[0].requires_grad and args[1]:  # type: ignore[attr-defined]
             return None  # which only leaves allow, and here an input with a tangent is none

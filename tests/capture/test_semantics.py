@@ -7,8 +7,8 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.autograd.function import once_differentiable
 
 import fomoh_fx
-from fomoh_fx.errors import UnsupportedOpError
-from tests.oracle import relative_error, reverse_over_reverse
+from fomoh_fx.errors import CaptureError, UnsupportedOpError
+from tests.oracle import finite_differences, relative_error, reverse_over_reverse
 
 
 @pytest.fixture
@@ -314,3 +314,47 @@ def test_input_that_is_told_to_require_a_gradient():
 def test_strides_of_an_input_with_a_tangent(x):
     hd = fomoh_fx.transform(lambda x: x.sin() * (1 + x.stride(0)), wrt="inputs")
     torch.testing.assert_close(hd(x, tangents=[torch.ones(1, 2, 3)]).primal, x.sin() * (1 + x.stride(0)))
+
+
+def weighted(x, y):
+    return nn.functional.cross_entropy(x, torch.arange(4), weight=y[0])
+
+
+def given_a_place(x, y):
+    z = torch.empty(4, 5, dtype=x.dtype)
+    torch.mul(x, y, out=z)
+    return z.sin().sum()
+
+
+def rows_changed_in_place(x, y):
+    z = x * y
+    for row in z.unbind():
+        row.mul_(row.sin())
+    return z.sum()
+
+
+def with_statistics_of_its_own(x, y):
+    normal = nn.functional.batch_norm(x, y[0].clone(), y[1].clone(), training=True)
+    return (normal * y).sum()
+
+
+BEYOND = [weighted, given_a_place, rows_changed_in_place, with_statistics_of_its_own]
+
+
+@pytest.mark.parametrize("f", BEYOND, ids=lambda f: f.__name__)
+def test_what_autograd_refuses(f, x):
+    """Not differentiable in reverse mode, for want of a backward; forward there is nothing against it."""
+    xs = (x, x.flip(0).exp())
+    directions = [torch.randn(2, *x.shape, dtype=x.dtype) for x in xs]
+    out = fomoh_fx.transform(f, wrt="inputs")(*xs, tangents=directions)
+    for actual, expected in zip(
+        (out.primal, out.tangent, out.hessian()), finite_differences(f, xs, directions), strict=True
+    ):
+        assert relative_error(actual, expected) < 1e-5
+
+
+def test_what_autograd_refuses_of_a_model_that_asks_for_a_gradient(x):
+    """Its answer is not to be had: with gradients autograd refuses the rest, without them the answer is wrong."""
+    hd = fomoh_fx.transform(lambda x, y: weighted(x, y) * (2 if x.requires_grad else 1), wrt="inputs")
+    with pytest.raises(CaptureError, match="not differentiable with respect to argument 'weight'"):
+        hd(x, x.exp(), tangents=(torch.ones(1, 4, 5, dtype=x.dtype),) * 2)
