@@ -31,6 +31,7 @@ from fomoh_fx.capture.constants import argument, candidates
 from fomoh_fx.capture.counters import refuse_counted
 from fomoh_fx.capture.dimensions import marks_kept, refusals
 from fomoh_fx.capture.draws import refuse_drawn
+from fomoh_fx.capture.known import fold_known
 from fomoh_fx.capture.leaks import refuse_kept
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
@@ -223,6 +224,7 @@ def _by_some_frontend(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         program.refused, program.outside = refused, tuple(root.outside)
         program.constants = [(_constant(root, name, names), v.clone()) for name, v in (root.constants or {}).items()]
         _share_tied(program)
+        fold_known(program, root.foreign)
         _name_inputs(program)
         refuse_overlaps(program, root.call.tensors)
         _note_assignments(program, root)

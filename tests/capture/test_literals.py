@@ -42,7 +42,20 @@ def from_numpy(x: Tensor) -> Tensor:
     return x.square() * torch.from_numpy(numpy.linspace(1, 2, 3)) + float(numpy.sqrt(2))
 
 
-LITERAL = [normalised, repeated, changed, selected, from_numpy]
+def counted(x: Tensor) -> Tensor:
+    """An operator of a fixed size comes after what the counts give."""
+    index = torch.repeat_interleave(torch.arange(2), torch.tensor([2, 1]))
+    return x.square() * nn.functional.pad(index, (0, 1))[:3]
+
+
+def kept(x: Tensor) -> Tensor:
+    """A mask that is computed, on two dimensions."""
+    mask = torch.tensor([[2, 1, 3], [0, 0, 1]]) > torch.tensor([[1], [0]])
+    y = torch.stack([x, x.square()]).unsqueeze(0)[:, mask]
+    return nn.functional.pad(y, (1, 0)).reshape(2, 2)
+
+
+LITERAL = [normalised, repeated, changed, selected, from_numpy, counted, kept]
 
 
 @pytest.mark.parametrize("function", LITERAL, ids=lambda f: f.__name__)
