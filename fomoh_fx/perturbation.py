@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fomoh_fx.capture import Call, Program, capture
+from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.activity import analyse
@@ -127,6 +128,7 @@ class ActivityGradient:
         call = Call(args, kwargs, tuple(targets))
         found = self._specialized(call, tuple(parameters))
         inputs = [what.value(call.tensors) for what in found.program.inputs]
+        refuse_overlaps(found.program, inputs)
         values = {n: n.meta["val"] for n in (p.point.node for p in found.plan.points)}
         like = {n: torch.empty((), dtype=v.dtype, device=v.device) for n, v in values.items()}
         drawn = [draw((p.directions, *p.shape), like[p.point.node]) for p in found.plan.drawn]

@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Program
 from fomoh_fx.capture.assignments import COMPUTED_FROM
+from fomoh_fx.capture.overlaps import refuse_overlaps
+from fomoh_fx.capture.layouts import has_its_layouts
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.passes.pipeline import Compiled
 from fomoh_fx.passes.retrace import without_autocast
@@ -111,6 +113,7 @@ class Specialization:
     def __call__(self, tensors: Sequence[Tensor], tangents: Sequence[Tensor]) -> HyperDual:
         """Evaluate; buffers and arguments that the model changes are updated from the primal, once."""
         inputs = [what.value(tensors) for what in self.program.inputs]
+        refuse_overlaps(self.program, inputs)
         with torch.no_grad(), without_autocast():
             flat = self.run(*inputs, *tangents)
             return self.result(flat, tensors)
@@ -169,6 +172,8 @@ def is_as_captured(program: Program, outside: list[bool], tensors: Sequence[Tens
                 return False
             if (now.shape, now.dtype, now.device) != (traced.shape, traced.dtype, traced.device):
                 return False
+    if not has_its_layouts(program, tensors):
+        return False
     return all(_is_equal(what.value(tensors), value) for what, value in program.constants)
 
 

@@ -135,7 +135,7 @@ class HyperDualModule(nn.Module):
         for specialization in self._traced:
             stacks = specialization.stacks_of(tangents)
             program = specialization.program
-            if program.constants or program.structures:  # Dynamo cannot read whether they are as they were
+            if program.constants or program.structures or program.goes_by_offset:  # Dynamo cannot read if they changed
                 continue
             if stacks is not None and specialization.fits(tensors, stacks, others, modes):
                 return specialization(tensors, stacks)

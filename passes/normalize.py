@@ -3,7 +3,8 @@
 Contract: a functional ATen graph in, a functional ATen graph out with the same inputs and outputs. Composites on an
 active path are replaced by their bodies, operators without a rule by PyTorch's own decompositions where those exist.
 Views become reshapes, for a body may return another memory layout than its operator; random numbers are drawn in the
-captured layout, in which the model draws them. Identities (alias) and
+captured layout, in which the model draws them, and what reads memory by strides reads it in that layout, as an
+index. Identities (alias) and
 assertions on shapes and dtypes are dropped. Inactive operators stay whole: nobody differentiates them. The body of
 an active higher-order operator is normalised as if all of its inputs were active.
 """
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
@@ -27,6 +29,7 @@ from fomoh_fx.passes.data_sizes import ADVICE, has_sizes_from_data, is_decided_b
 from fomoh_fx.passes.dataflow import draws
 from fomoh_fx.passes.label import label_rest
 from fomoh_fx.passes.retrace import in_body, is_composite_implicit, last_node, recorded_nodes, retrace
+from fomoh_fx.rules.linear import BY_STRIDES, storage_index
 from fomoh_fx.rules.registry import COMPOSITES, RULES, spelled
 from fomoh_fx.sizes import known
 
@@ -86,6 +89,8 @@ class _Normalizer(fx.Interpreter):
                 return target(*args)
         if target is aten._efficientzerotensor.default:  # forward mode inside a model; Inductor cannot read it
             return aten.zeros.default(*args, **kwargs)
+        if target in BY_STRIDES:
+            return self._by_index(target, *args)
         if draws(target):
             args = self._in_captured_layout(args)
         if target in RULES or (self.table.active and target in self.table):
@@ -107,6 +112,24 @@ class _Normalizer(fx.Interpreter):
         order = sorted(range(x.ndim), key=lambda d: stride[d] or 0, reverse=True)
         stored = x.permute(order).clone(memory_format=torch.contiguous_format)
         return (stored.permute([order.index(d) for d in range(x.ndim)]), *args[1:])
+
+    def _by_index(self, target: Any, x: Tensor, *args: Any) -> Any:
+        """What the strides reach in the captured layout: where copies are left out, the value has another one."""
+        assert self.current is not None
+        argument = self.current.args[0]
+        assert isinstance(argument, fx.Node)
+        *source, size, stride, offset = args if isinstance(args[-1], (int, SymInt, NoneType)) else (*args, None)
+        try:
+            order, index = storage_index(argument.meta["val"], size, stride, offset)
+        except UnsupportedOpError:
+            if self.current in self.active or argument.op != "placeholder":
+                raise
+            return target(x, *args)
+        flat = x.permute(order).reshape(-1)
+        if not source:
+            return aten.index.Tensor(flat, [index])
+        new = aten.index_put.default(flat, [index], *source).reshape([x.shape[d] for d in order])
+        return new.permute([order.index(d) for d in range(x.ndim)])
 
     def _in_body(self, body: fx.GraphModule) -> Callable[..., Any]:
         """A body of the current operator, to be normalised when the operator or its own body runs it."""

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 import fomoh_fx
+from fomoh_fx.errors import UnsupportedOpError
+from tests.oracle import reverse_over_reverse
 
 
 class Flattened(nn.Module):
@@ -94,3 +96,61 @@ def test_a_kernel_whose_layout_is_not_the_traced_one():
     out = fomoh_fx.transform(flattened, wrt="inputs")(x, tangents=(torch.ones(1, 6, dtype=torch.float64),))
     torch.testing.assert_close(out.tangent[0], 2 * (2 * x).exp().sum())
     torch.testing.assert_close(out.cross[0], 4 * (2 * x).exp().sum())
+
+
+BASE = torch.randn(12, dtype=torch.float64)
+
+
+def scattered(x):
+    y = x * 1
+    y.as_strided((2,), (1,), 1).mul_(x.sin().sum())
+    return y.square()
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: (x * 1).as_strided((2,), (1,), 1).sin(),  # of a tensor that is left out
+        lambda x: x.clone().as_strided((2, 2), (1, 1)).sin(),
+        lambda x: x.as_strided((2,), (2,)).sin(),
+        scattered,
+    ],
+    ids=["of a product", "of a copy", "from its start", "changed in place"],
+)
+def test_what_goes_by_memory(f):
+    """Calls with arguments that begin elsewhere in their storage."""
+    hd = fomoh_fx.transform(f, wrt="inputs")
+    v = torch.randn(2, 3, dtype=torch.float64)
+    for x in (BASE[3:6], BASE[4:7], BASE[:3], BASE[5:8].clone()):
+        out = hd(x, tangents=(v,))
+        y, tangents, crosses = reverse_over_reverse(lambda x: f(x).sum(), [x], [v])
+        torch.testing.assert_close(out.primal.sum(), y)
+        torch.testing.assert_close(out.tangent.flatten(1).sum(1), tangents)
+        torch.testing.assert_close(out.hessian().flatten(2).sum(2), crosses)
+
+
+def test_an_offset_in_the_storage_of_an_argument():
+    """The graph holds for the offset that it was captured with; what is outside of the argument is not seen by it."""
+    hd = fomoh_fx.transform(lambda x: x.as_strided((2,), (1,), 4).sin(), wrt="inputs")
+    told = fomoh_fx.transform(lambda x: x * x.storage_offset(), wrt="inputs")
+    v = torch.ones(1, 3, dtype=torch.float64)
+    for x in (BASE[3:6], BASE[4:7], BASE[2:9][2:5]):
+        torch.testing.assert_close(hd(x, tangents=(v,)).tangent[0], BASE[4:6].cos())
+    for x in (BASE[:3], BASE[5:8]):
+        torch.testing.assert_close(told(x, tangents=(v,)).primal, x * x.storage_offset())
+        with pytest.raises(UnsupportedOpError, match="outside of its argument"):
+            hd(x, tangents=(v,))
+    with pytest.raises(UnsupportedOpError, match="outside of its argument"):
+        fomoh_fx.transform(lambda x, y: x[:3].sin() * y[1:].as_strided((3,), (1,), 0), wrt="inputs")(
+            BASE[:3], BASE[:4], tangents=(v, None)
+        )
+
+
+def test_strides_of_a_buffer():
+    model = nn.Linear(3, 2).double()
+    model.register_buffer("table", torch.randn(3, 3, dtype=torch.float64))
+    hd = fomoh_fx.transform(lambda x: model(x) * model.table.as_strided((2,), (3,)), wrt="inputs")
+    x, v = BASE[:3], torch.ones(1, 3, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(hd(x, tangents=(v,)).primal, model(x) * model.table.as_strided((2,), (3,)))
+        model.table = model.table.t()

@@ -32,6 +32,7 @@ from fomoh_fx.capture.counters import refuse_counted
 from fomoh_fx.capture.dimensions import marks_kept, refusals
 from fomoh_fx.capture.draws import refuse_drawn
 from fomoh_fx.capture.known import fold_known
+from fomoh_fx.capture.layouts import note_layouts
 from fomoh_fx.capture.leaks import refuse_kept
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
@@ -226,7 +227,9 @@ def _by_some_frontend(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         _share_tied(program)
         fold_known(program, root.foreign)
         _name_inputs(program)
-        refuse_overlaps(program, root.call.tensors)
+        refuse_overlaps(program, [what.value(root.call.tensors) for what in program.inputs])
+        assert root.observed.semantics is not None
+        note_layouts(program, root.call.tensors, root.observed.semantics.asks_for_offset)
         _note_assignments(program, root)
         return program
     kind, lines = (_DecidedByData, [*refused, ADVICE]) if decided_by_data else (CaptureError, refused)
@@ -341,13 +344,13 @@ def _distinct(root: Root) -> tuple[Tensor, ...]:
 
 
 def _requiring_gradient(x: Tensor) -> Tensor:
-    """A copy that is no leaf, laid out alike: a model may read the strides."""
+    """A copy that is no leaf, laid out alike: a model may read the strides, and the offset in the storage."""
     copied = x.detach().requires_grad_().clone()
-    if copied.stride() == x.stride() or x.numel() == 0:
+    if (copied.stride() == x.stride() and x.storage_offset() == 0) or x.numel() == 0:
         return copied
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    storage = torch.zeros(extent, dtype=x.dtype, device=x.device).requires_grad_().clone()
-    return storage.as_strided(x.shape, x.stride())
+    storage = torch.zeros(x.storage_offset() + extent, dtype=x.dtype, device=x.device).requires_grad_().clone()
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def _share_tied(program: Program) -> None:

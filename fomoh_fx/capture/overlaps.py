@@ -1,52 +1,88 @@
-"""A graph has no memory: what the model changes in place must not be part of another tensor that it reads."""
+"""A graph has no memory: what the model changes in place must not be part of another tensor that it reads or changes.
+
+Every call looks anew, for the next one may have other arguments. Under ``torch.compile`` only the calls that Dynamo
+traces are looked at: it traces anew where one tensor is passed twice, and not where two are views of one memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fomoh_fx.capture.program import Program
 from fomoh_fx.errors import CaptureError
+from fomoh_fx.operators import library
 from fomoh_fx.passes.provenance import source_of
 
+_WHY = "a graph would read what was there before"
 
-def refuse_overlaps(program: Program, tensors: Sequence[Tensor]) -> None:
-    """Every tensor that changes has its memory to itself, as far as the graph reads it.
+
+def refuse_overlaps(program: Program, inputs: Sequence[Tensor]) -> None:
+    """Every tensor that changes has its memory to itself, as far as the graph reads or changes it; Dynamo reads this.
 
     Raises:
         CaptureError: it shares memory with another one, named with it; ranges of addresses that interleave, such as two
             columns of one matrix, count as shared.
     """
-    results: Any = program.module.graph.output_node().args[0]
-    read = [what for node, what in zip(program.placeholders, program.inputs, strict=True) if node.users]
-    for result, output in zip(results, program.outputs, strict=True):
-        if output.kind != "change" or output.changes is None:
-            continue
-        changed = output.changes.value(tensors)
-        for other in read:
-            if other.name != output.changes.name and _overlap(changed, other.value(tensors)):
-                where = source_of(result)
-                raise CaptureError(
-                    f"model: {output.changes.name} is changed in place and shares memory with {other.name}, which the "
-                    f"model reads: a graph would read what was there before; make one of them a copy (.clone()), or "
-                    f"keep only one and take the view of it inside the model" + (f"\n  at {where}" if where else "")
-                )
+    if not program.changed:
+        return
+    used = [inputs[i] for i in program.used]
+    is_changed = [i in program.changed for i in program.used]
+    if torch.compiler.is_compiling():
+        torch.ops.fomoh_fx.refuse_overlaps.default(used, is_changed)
+    elif (found := _overlap(used, is_changed)) is not None:
+        changed, other = (program.used[i] for i in found)
+        where = source_of(program.results[program.changed[changed]])
+        raise CaptureError(
+            f"model: {program.inputs[changed].name} is changed in place and shares memory with "
+            f"{program.inputs[other].name}, which the model uses: {_WHY}; make one of them a copy (.clone()), or keep "
+            f"only one and take the view of it inside the model" + (f"\n  at {where}" if where else "")
+        )
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether the ranges of bytes from the first to the last element of both have some in common."""
-    if not one.layout == other.layout == torch.strided:  # sparse ones are refused elsewhere
-        return False
-    if one.untyped_storage()._cdata != other.untyped_storage()._cdata:
-        return False
-    (start, end), (other_start, other_end) = _bytes(one), _bytes(other)
-    return start < other_end and other_start < end
+def _overlap(tensors: Sequence[Tensor], is_changed: Sequence[bool]) -> tuple[int, int] | None:
+    """One that is changed and another one, by number, where the ranges of bytes that they span have some in common."""
+    furthest = {True: _NOWHERE, False: _NOWHERE}  # memory, end and number, of those that are changed and of the others
+    for memory, start, end, i in sorted(filter(None, map(_span, range(len(tensors)), tensors))):
+        for kind in (True, False) if is_changed[i] else (True,):
+            if (memory, start) < furthest[kind][:2]:
+                return (i, furthest[kind][2]) if is_changed[i] else (furthest[kind][2], i)
+        furthest[is_changed[i]] = max(furthest[is_changed[i]], (memory, end, i))
+    return None
 
 
-def _bytes(x: Tensor) -> tuple[int, int]:
-    length = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
-    start, size = int(x.storage_offset()), x.element_size()
-    return start * size, (start + int(length)) * size
+_NOWHERE = (-1, 0, -1)
+
+
+def _span(i: int, x: Tensor) -> tuple[int, int, int, int] | None:
+    """The memory that its bytes are counted in, from the first byte to behind the last one, and its number."""
+    if x.layout != torch.strided or not x.numel():  # sparse ones are refused elsewhere
+        return None
+    length = x.numel() if x.is_contiguous() else 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    size = x.element_size()
+    if x.device.type in ("cpu", "cuda") and not isinstance(x, FakeTensor):
+        return (
+            0,
+            x.data_ptr(),
+            x.data_ptr() + length * size,
+            i,
+        )  # storages apart may have one memory, as those made by NumPy
+    start = x.storage_offset()
+    return x.untyped_storage()._cdata, start * size, (start + length) * size, i
+
+
+def _refuse(tensors: Sequence[Tensor], is_changed: Sequence[bool]) -> None:
+    """As an operator: while Dynamo traces, its tensors share memory as the call's own do."""
+    if _overlap(tensors, is_changed) is not None:
+        raise CaptureError(
+            f"model: of two arguments, parameters or buffers that share memory one is changed in place, and the model "
+            f"uses the other: {_WHY}; make one of them a copy (.clone())"
+        )
+
+
+library.define("refuse_overlaps(Tensor[] tensors, bool[] is_changed) -> ()")
+library.impl("refuse_overlaps", _refuse, "CompositeExplicitAutograd")
+torch.library.register_fake("fomoh_fx::refuse_overlaps", _refuse, lib=library)

@@ -244,6 +244,10 @@ class Program:
     structure: Structure
     frontend: str
     outside: Sequence[nn.Module] = ()
+    layouts: Sequence[
+        tuple[tuple[int, ...], int]
+    ] = ()  # strides and offsets of the inputs, where the graph is for them
+    goes_by_offset: bool = False
     constants: Sequence[tuple[Input, Tensor]] = ()  # buffers and arguments, and the values that the graph is for
     refused: list[str] = field(default_factory=list)
     assignments: Sequence[Assignment] = ()  # their tensors are the last outputs
@@ -259,6 +263,17 @@ class Program:
     def has_its_structures(self) -> bool:
         """Whether the containers that the model changes or computes with have what they had at capture."""
         return all(structure(getattr(module, name, None)) == known for module, name, known in self.structures)
+
+    @cached_property
+    def changed(self) -> dict[int, int]:
+        """The inputs that are changed in place, by number, and the result that each becomes."""
+        new = {what.changes: i for i, what in enumerate(self.outputs) if what.kind == "change"}
+        return {i: new[what] for i, what in enumerate(self.inputs) if what in new}
+
+    @cached_property
+    def used(self) -> list[int]:
+        """The numbers of the inputs that are changed in place or read."""
+        return [i for i, node in enumerate(self.placeholders) if node.users or i in self.changed]
 
     @cached_property
     def draws(self) -> bool:

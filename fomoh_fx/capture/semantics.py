@@ -89,6 +89,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         before: those of them that the run changes in place, and copies from before.
         made: what torch functions have returned.
         has_denied: whether the model has asked a tensor for a gradient of it, and been told that there is none.
+        asks_for_offset: whether the model has asked where in its storage a tensor begins.
     """
 
     def __init__(self, known: Mapping[int, Tensor], before: list[tuple[Tensor, Tensor]]) -> None:
@@ -97,6 +98,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         self.foreign: dict[int, Tensor] = {}
         self.made: list[weakref.ref[Tensor]] = []
         self.has_denied = False
+        self.asks_for_offset = False
         self._stopped_views: dict[int, tuple[Tensor, Tensor]] = {}  # by id: x.detach() or x.data, and x
         self._patches = ExitStack()
 
@@ -128,6 +130,7 @@ class ReverseModeSemantics(TorchFunctionMode):
                 return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(Tensor, self.own, (args, kwargs), is_leaf=_is_size)
         self.has_denied |= func in _ASK_FOR_GRADIENT and not args[0].requires_grad
+        self.asks_for_offset |= func == torch.Tensor.storage_offset
         func = traceable(func, args)
         if func == torch.Tensor.requires_grad.__set__ and args[0].requires_grad and args[1]:  # type: ignore[attr-defined]
             return None  # which only leaves allow, and here an input with a tangent is none

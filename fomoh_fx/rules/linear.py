@@ -118,6 +118,10 @@ def _cast(part: Tensor, y: Tensor, x: Tensor, *_: Any) -> Tensor:
     return part if part.dtype == y.dtype and part.device == y.device else part.to(y.device, y.dtype)
 
 
+#: What reads memory by strides, and which of its arguments is the offset.
+BY_STRIDES = {aten.as_strided.default: 3, aten.as_strided_scatter.default: 4}
+
+
 def storage_index(
     x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None
 ) -> tuple[list[int], Tensor]:

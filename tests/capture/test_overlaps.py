@@ -80,3 +80,106 @@ def test_a_sparse_tensor_beside_what_changes_is_refused_by_name():
     hd = fomoh_fx.transform(Graph())
     with pytest.raises(FomohError, match="sparse"):
         hd(X, torch.eye(3, dtype=torch.float64).to_sparse(), tangents={"scale": X[None]})
+
+
+def summed(x, counts, other):
+    counts.add_(1)
+    return (x * other.sum()).sin().sum()
+
+
+def numbers(n=2):
+    return torch.ones(n, dtype=torch.float64)
+
+
+def same():
+    counts = numbers()
+    return counts, counts
+
+
+def views():
+    counts = numbers()
+    return counts[:], counts[:]
+
+
+def in_part():
+    counts = numbers(3)
+    return counts[:2], counts[1:]
+
+
+def of_numpy():
+    counts = numbers().numpy()
+    return torch.from_numpy(counts), torch.from_numpy(counts)
+
+
+@pytest.fixture
+def called():
+    """``summed`` after a call whose arguments share nothing."""
+    hd = fomoh_fx.transform(summed, wrt="inputs")
+    hd(X, numbers(), numbers(), tangents=(X[None], None, None))
+    return hd
+
+
+@pytest.mark.parametrize("arguments", [same, views, in_part, of_numpy])
+def test_a_later_call_is_looked_at(called, arguments):
+    counts, other = arguments()
+    with pytest.raises(CaptureError, match=r"counts is changed in place and shares memory with other[\s\S]*add_"):
+        called(X, counts, other, tangents=(X[None], None, None))
+    assert counts.tolist() == [1, 1]
+
+
+def test_a_later_call_with_other_parts_of_one_memory(called):
+    memory = numbers(4)
+    value = called(X, memory[:2], memory[2:], tangents=(X[None], None, None)).primal
+    torch.testing.assert_close(value, (2 * X).sin().sum())
+    assert memory.tolist() == [2, 2, 1, 1]
+    assert len(called._traced) == 1
+
+
+def test_two_that_are_changed_and_not_read():
+    def function(x, a, b):
+        a.fill_(1)
+        b.fill_(2)
+        return x.sin().sum() * a.sum()
+
+    hd = fomoh_fx.transform(function, wrt="inputs")
+    torch.testing.assert_close(hd(X, numbers(), numbers(), tangents=(X[None], None, None)).primal, 2 * X.sin().sum())
+    with pytest.raises(CaptureError, match="shares memory"):
+        hd(X, *in_part(), tangents=(X[None], None, None))
+
+
+def test_a_buffer_that_became_a_view_of_another():
+    model = Counted(torch.zeros(1), torch.ones(2))
+    hd = fomoh_fx.transform(model)
+    tangents = {"scale": torch.ones(1, 3, dtype=torch.float64)}
+    hd(X, tangents=tangents)
+    model.part = model.whole[:1]
+    with pytest.raises(CaptureError, match="part is changed in place and shares memory with whole"):
+        hd(X, tangents=tangents)
+
+
+def test_one_tensor_as_two_arguments_under_torch_compile(called):
+    compiled = torch.compile(called, fullgraph=True, backend="aot_eager")
+    compiled(X, numbers(), numbers(), tangents=(X[None], None, None))
+    with pytest.raises(Exception, match="share memory"):
+        compiled(X, *same(), tangents=(X[None], None, None))
+
+
+def test_one_buffer_under_two_names_is_one():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+            self.register_buffer("first", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("second", self.first)
+
+        def forward(self, x):
+            self.second.add_(1)
+            return (x.exp() * self.scale).sum() * self.first
+
+    model = Tied()
+    hd = fomoh_fx.transform(model)
+    tangents = {"scale": torch.ones(1, 3, dtype=torch.float64)}
+    values = [hd(X, tangents=tangents).primal for _ in range(2)]
+    torch.testing.assert_close(torch.stack(values), X.exp().sum() * torch.tensor([1.0, 2.0], dtype=torch.float64))
+    assert model.first is model.second and model.first == 2
+    assert len(hd.latest.program.changed) == 1
