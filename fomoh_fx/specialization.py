@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Program
 from fomoh_fx.capture.assignments import COMPUTED_FROM
-from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.layouts import has_its_layouts
+from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.passes.pipeline import Compiled
 from fomoh_fx.passes.retrace import without_autocast
