@@ -180,26 +180,20 @@ def _owns(module: nn.Module, tensor: Tensor) -> bool:
     return any(tensor is t for t in (*module.parameters(), *module.buffers()))
 
 
-#: What autograd says where PyTorch has no backward, which expanding forward does not need.
-_NO_BACKWARD = re.compile(
-    "is not differentiable with respect to argument|don't support automatic differentiation"
-    "|do not allow the output views to be modified inplace"
-)
-
-
 def _first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program | CaptureError:
     """What the first frontend that captures the root makes of it, or why none does.
 
-    Arguments with tangents require a gradient meanwhile, unless autograd refuses that and the model does not ask.
+    Arguments with tangents require a gradient meanwhile. Where autograd refuses that, for want of a backward, which
+    expanding forward does not need, they require none; then the model must not ask.
     """
     outcome = _by_some_frontend(root, names, dynamic_shapes)
-    if not isinstance(outcome, CaptureError) or not _NO_BACKWARD.search(str(outcome)):
+    if not isinstance(outcome, CaptureError) or isinstance(outcome, _DecidedByData) or not root.call.differentiated:
         return outcome
     differentiated, root.call.differentiated = root.call.differentiated, ()
     without = _by_some_frontend(root, names, dynamic_shapes)
     root.call.differentiated = differentiated
-    assert root.observed.semantics is not None
-    return outcome if root.observed.semantics.has_denied else without
+    is_told = root.observed.semantics is None or root.observed.semantics.has_denied
+    return outcome if is_told or isinstance(without, CaptureError) else without
 
 
 def _by_some_frontend(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program | CaptureError:
