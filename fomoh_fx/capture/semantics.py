@@ -100,6 +100,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         self.has_denied = False
         self.asks_for_offset = False
         self._stopped_views: dict[int, tuple[Tensor, Tensor]] = {}  # by id: x.detach() or x.data, and x
+        self._shared: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = []  # x and y after x.data = y
         self._patches = ExitStack()
 
     def __enter__(self) -> ReverseModeSemantics:
@@ -116,6 +117,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         super().__exit__(*exc)
         self._patches.close()
         self._stopped_views.clear()
+        self._shared.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = self._call(func, args, kwargs or {})
@@ -144,6 +146,10 @@ class ReverseModeSemantics(TorchFunctionMode):
             return self._change_arguments(called, args, kwargs)
         if mutates(func) and args and isinstance(args[0], Tensor) and _is_real(args[0]):
             self._remember(args[0])
+        if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+            return self._set_data(*args)
+        if self._shared and mutates(func) and args and isinstance(args[0], Tensor):
+            self._refuse_shared(args[0])
         if func in _STOPS or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             stopped = ops.stop_gradient.default(args[0])
             self._stopped_views[id(stopped)] = (stopped, args[0])
@@ -216,6 +222,33 @@ class ReverseModeSemantics(TorchFunctionMode):
         if id(target) in self._stopped_views:
             source = self._stopped_views[id(target)][1]
             source.copy_(ops.with_value.default(source.clone(), target))
+
+    def _set_data(self, target: Tensor, value: Tensor) -> None:
+        """x.data = y: x keeps its derivative and has the value of y. They share memory then, and a graph has none."""
+        if (target.shape, target.dtype, target.device) != (value.shape, value.dtype, value.device):
+            raise UnsupportedOpError(
+                f"the model assigns to the data of a tensor of shape {tuple(target.shape)} and {target.dtype} a tensor "
+                f"of shape {tuple(value.shape)} and {value.dtype}: make a new tensor instead"
+            )
+        self._shared.append((weakref.ref(self._owner(target)), weakref.ref(self._owner(value))))
+        with torch.no_grad():
+            self._assign(target, value)
+
+    def _owner(self, tensor: Tensor) -> Tensor:
+        """The tensor whose memory it is, where it is a view or without derivative."""
+        while id(tensor) in self._stopped_views:
+            tensor = self._stopped_views[id(tensor)][1]
+        return tensor if tensor._base is None else self._owner(tensor._base)
+
+    def _refuse_shared(self, changed: Tensor) -> None:
+        owner = self._owner(changed)
+        for pair in self._shared:
+            one, other = (ref() for ref in pair)
+            if one is not None and other is not None and (owner is one or owner is other):
+                raise UnsupportedOpError(
+                    "the model assigns x.data = y, and then changes one of them in place, and with it the other: a "
+                    "graph has no memory that they share; assign a copy (y.clone())"
+                )
 
     def _mutate_source(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """In place on x.detach() or x.data, which share memory with x: x keeps its derivative and has the new value."""

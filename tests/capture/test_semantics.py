@@ -257,6 +257,55 @@ def test_in_place_on_a_detached_tensor_changes_the_value_of_its_source(x):
     assert_like_reverse_mode(f, x, reference=reference)
 
 
+def test_assigned_data_change_the_value_and_keep_the_derivative(x):
+    def f(x):
+        y = x * 2
+        y.data = x.cos()
+        y.data.clamp_(max=0.9)
+        return (y * x.exp()).sum()
+
+    def reference(x):
+        y = x * 2
+        y = y + (x.cos().clamp(max=0.9) - y).detach()
+        return (y * x.exp()).sum()
+
+    assert_like_reverse_mode(f, x, reference=reference)
+
+
+def test_assigned_data_of_a_parameter_and_a_buffer_last():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+            self.register_buffer("mean", torch.zeros(5, dtype=torch.float64))
+
+        def forward(self, x):
+            self.mean.data = 0.5 * self.mean.data + x.mean(0)
+            self.shift.data = -self.mean
+            return (x + self.shift).square().sum()
+
+    model, reference, x = Centred(), Centred(), torch.rand(4, 5, dtype=torch.float64)
+    hd = fomoh_fx.transform(model)
+    for _ in range(3):
+        out = hd(x, tangents={"shift": torch.ones(1, 5, dtype=torch.float64)})
+        value = reference(x)
+        (slope,) = torch.autograd.grad(value, reference.shift)
+        torch.testing.assert_close((out.primal, out.tangent[0]), (value.detach(), slope.sum()))
+        torch.testing.assert_close(model.state_dict(), reference.state_dict())
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_assigned_data_share_no_memory_in_a_graph(x, at):
+    def f(x):
+        pair = [x * 2, x.cos()]
+        pair[0].data = pair[1]
+        pair[at].mul_(2)
+        return (pair[0] * pair[1]).sum()
+
+    with pytest.raises(UnsupportedOpError, match=r"assign a copy"):
+        fomoh_fx.transform(f, wrt="inputs")(x, tangents=(torch.randn(1, 4, 5, dtype=torch.float64),))
+
+
 @pytest.mark.parametrize("bags", [False, True])
 def test_an_embedding_with_max_norm_renormalises_the_value_of_its_weight(x, bags):
     indices = torch.tensor([[0, 1], [1, 0]])
