@@ -27,8 +27,9 @@ def _prod_along(x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtyp
         return x.clone()
     size = x.shape[dim]
     if isinstance(size, SymInt):
-        running = _cumprod(x, dim)
-        return running.narrow(dim, size - 1, 1) if keepdim else running.select(dim, -1)
+        places, running = torch.arange(size, device=x.device), _cumprod(x, dim)
+        last = torch.where(_along(dim, places == size - 1, x), running, 0.0).sum(dim, keepdim)
+        return last + (torch.ones_like(places).sum() == 0)  # the product of no elements
     if size == 0:
         return torch.ones_like(x.sum(dim, keepdim))
     while size > 1:
@@ -68,17 +69,20 @@ def _doubled(combine: Combine, x: Tensor, dim: int) -> Tensor:
 def _doubled_in_a_loop(combine: Combine, x: Tensor, dim: int) -> Tensor:
     """The same where the length, and so the number of steps, is known at the call only."""
     places = torch.arange(x.shape[dim], device=x.device)
-    along = [-1 if d == dim % x.ndim else 1 for d in range(x.ndim)]
 
     def is_short(step: Tensor, x: Tensor, places: Tensor) -> Tensor:
         return step < places.shape[0]
 
     def double(step: Tensor, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         before = x.index_select(dim, (places - step).clamp(min=0))
-        return step * 2, torch.where((places >= step).view(along), combine(before, x), x)
+        return step * 2, torch.where(_along(dim, places >= step, x), combine(before, x), x)
 
     step = torch.ones((), dtype=torch.int64, device=x.device)
     return torch.ops.higher_order.while_loop(is_short, double, (step, x), (places,))[1]
+
+
+def _along(dim: int, values: Tensor, x: Tensor) -> Tensor:
+    return values.view([-1 if d == dim % x.ndim else 1 for d in range(x.ndim)])
 
 
 register(aten.prod.default, Composite(_prod))

@@ -102,6 +102,17 @@ def test_a_dynamic_length(name):
             torch.testing.assert_close(getattr(y, part), getattr(fixed, part))
 
 
+@pytest.mark.parametrize("name", ["prod", "prod of all", "cumprod", "logcumsumexp"])
+def test_a_length_that_the_data_decide(name):
+    """Also of no elements, and of one."""
+    hd = fomoh_fx.transform(lambda x: RUNNING[name](x[x > 0][:, None]).sum() * x.sum(), wrt="inputs")
+    for x in (t(1, 2, -1, 3), t(-1, -2, -3, -4), t(-1, 5, -2, -3)):
+        v, y = r(2, 4), x[x > 0][:, None]
+        out, v_kept = hd(x, tangents=(v,)), v[:, x > 0][:, :, None]
+        kept = fomoh_fx.transform(lambda y, z: RUNNING[name](y).sum() * z.sum(), wrt="inputs")
+        torch.testing.assert_close(out.cross, kept(y, x, tangents=(v_kept, v)).cross)
+
+
 @pytest.mark.slow
 def test_a_dynamic_length_compiled():
     hd = fomoh_fx.compile(fomoh_fx.transform(RUNNING["both"], wrt="inputs"))
