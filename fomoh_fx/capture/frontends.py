@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._export.utils import _compiling_state_context
 from torch._inductor import config as inductor_config
-from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import _trace
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -34,6 +32,7 @@ from fomoh_fx.capture.draws import refuse_drawn
 from fomoh_fx.capture.known import fold_known
 from fomoh_fx.capture.layouts import note_layouts
 from fomoh_fx.capture.leaks import refuse_kept
+from fomoh_fx.capture.literals import known_literals
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
 from fomoh_fx.capture.state import STANDARD, Keys, children, place_of, replaced, structure, written
@@ -383,7 +382,7 @@ def _tracing_state() -> Iterator[None]:
         stack.enter_context(quiet("torch.fx.experimental.symbolic_shapes"))
         stack.enter_context(patch.object(_trace, "print", lambda *_, **__: None, create=True))  # a graph
         stack.enter_context(patch.object(torch, "from_numpy", torch.as_tensor))  # which frontends see
-        stack.enter_context(_known_literals())
+        stack.enter_context(known_literals())
         stack.enter_context(_without_checks_of_values())
         yield
 
@@ -398,18 +397,6 @@ def quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-@contextmanager
-def _known_literals() -> Iterator[None]:
-    """Values computed from tensors that the model writes out (``torch.tensor([0, 2])``) may decide branches and shapes.
-
-    Fake tensors know such values until something else is written there. The tracer's own record is left out: it
-    misses what is written through a view.
-    """
-    known, recorded = (patch.object(m, "CONSTANT_NUMEL_LIMIT", n) for m, n in ((fake_tensor, 4096), (proxy_tensor, -1)))
-    with known, recorded:
-        yield
 
 
 @contextmanager
