@@ -76,6 +76,7 @@ def _value(node: fx.Node, known: Mapping[fx.Node, Tensor]) -> Tensor | None:
 def _constant(at: fx.Node, value: Tensor) -> fx.Node:
     """A node of the value, just before another one and from its line."""
     module = at.graph.owning_module
+    assert module is not None
     names = (f"known_{i}" for i in range(len(at.graph.nodes) + 1))
     name = next(name for name in names if not hasattr(module, name))
     module.register_buffer(name, value)

@@ -7,6 +7,7 @@ traces are looked at: it traces anew where one tensor is passed twice, and not w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,21 +58,17 @@ def _overlap(tensors: Sequence[Tensor], is_changed: Sequence[bool]) -> tuple[int
 _NOWHERE = (-1, 0, -1)
 
 
-def _span(i: int, x: Tensor) -> tuple[int, int, int, int] | None:
+def _span(i: int, x: Tensor) -> tuple[int, Any, Any, int] | None:
     """The memory that its bytes are counted in, from the first byte to behind the last one, and its number."""
     if x.layout != torch.strided or not x.numel():  # sparse ones are refused elsewhere
         return None
     length = x.numel() if x.is_contiguous() else 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     size = x.element_size()
     if x.device.type in ("cpu", "cuda") and not isinstance(x, FakeTensor):
-        return (
-            0,
-            x.data_ptr(),
-            x.data_ptr() + length * size,
-            i,
-        )  # storages apart may have one memory, as those made by NumPy
-    start = x.storage_offset()
-    return x.untyped_storage()._cdata, start * size, (start + length) * size, i
+        start = x.data_ptr()  # storages apart may have one memory, as those made by NumPy
+        return 0, start, start + length * size, i
+    offset = x.storage_offset()
+    return x.untyped_storage()._cdata, offset * size, (offset + length) * size, i
 
 
 def _refuse(tensors: Sequence[Tensor], is_changed: Sequence[bool]) -> None:
