@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomoh_fx.capture.assignments import COMPUTED_FROM, remembered
 from fomoh_fx.capture.constants import argument, candidates
+from fomoh_fx.capture.constructors import constructors_recorded
 from fomoh_fx.capture.counters import refuse_counted
 from fomoh_fx.capture.dimensions import marks_kept, refusals
 from fomoh_fx.capture.draws import refuse_drawn
@@ -383,6 +384,7 @@ def _tracing_state() -> Iterator[None]:
         stack.enter_context(patch.object(_trace, "print", lambda *_, **__: None, create=True))  # a graph
         stack.enter_context(patch.object(torch, "from_numpy", torch.as_tensor))  # which frontends see
         stack.enter_context(known_literals())
+        stack.enter_context(constructors_recorded())
         stack.enter_context(_without_checks_of_values())
         yield
 

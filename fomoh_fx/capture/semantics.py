@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fomoh_fx.capture.constructors import class_of
 from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.untraceable import traceable
 from fomoh_fx.custom_functions import FunctionCall, Template, apply_of_library, functions_called, of_library
@@ -133,6 +134,8 @@ class ReverseModeSemantics(TorchFunctionMode):
         args, kwargs = pytree.tree_map_only(Tensor, self.own, (args, kwargs), is_leaf=_is_size)
         self.has_denied |= func in _ASK_FOR_GRADIENT and not args[0].requires_grad
         self.asks_for_offset |= func == torch.Tensor.storage_offset
+        if func is torch.Tensor.type:
+            args = tuple(map(class_of, args))
         func = traceable(func, args)
         if func == torch.Tensor.requires_grad.__set__ and args[0].requires_grad and args[1]:  # type: ignore[attr-defined]
             return None  # which only leaves allow, and here an input with a tangent is none

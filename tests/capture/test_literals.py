@@ -55,7 +55,13 @@ def kept(x: Tensor) -> Tensor:
     return nn.functional.pad(y, (1, 0)).reshape(2, 2)
 
 
-LITERAL = [normalised, repeated, changed, selected, from_numpy, counted, kept]
+def constructed(x: Tensor) -> Tensor:
+    """By the classes of tensors: from values, from sizes, from a tensor."""
+    scale = torch.DoubleTensor(3).fill_(2) * torch.Tensor(numpy.array([1.0, 2, 3])).type(torch.DoubleTensor)
+    return torch.Tensor(x).square() * scale * int(torch.LongTensor([1, 2]).sum()) * isinstance(x, torch.DoubleTensor)
+
+
+LITERAL = [constructed, normalised, repeated, changed, selected, from_numpy, counted, kept]
 
 
 @pytest.mark.parametrize("function", LITERAL, ids=lambda f: f.__name__)

@@ -1,0 +1,73 @@
+"""``torch.Tensor([1, 2])`` and ``torch.LongTensor([1, 2])``, which no tracer sees, as calls of ``torch.tensor``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from numbers import Integral
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+_TYPED = {
+    torch.FloatTensor: torch.float32, torch.DoubleTensor: torch.float64, torch.HalfTensor: torch.float16,
+    torch.BFloat16Tensor: torch.bfloat16, torch.ByteTensor: torch.uint8, torch.CharTensor: torch.int8,
+    torch.ShortTensor: torch.int16, torch.IntTensor: torch.int32, torch.LongTensor: torch.int64,
+    torch.BoolTensor: torch.bool,
+}  # fmt: skip
+
+
+@contextmanager
+def constructors_recorded() -> Iterator[None]:
+    """Let the constructors of tensors be recorded while a model runs."""
+
+    def new(cls: Any, *args: Any, **options: Any) -> Tensor:
+        if cls is not Tensor or not _is_recordable(args):
+            return torch._C.TensorBase.__new__(cls, *args, **options)
+        return _made(torch.get_default_dtype(), args, options)
+
+    with ExitStack() as stack:
+        for cls, dtype in _TYPED.items():
+            stand_in = _Typed(cls.__name__, (), {"of": cls, "dtype": dtype})
+            stack.enter_context(patch.object(torch, cls.__name__, stand_in))
+        Tensor.__new__ = staticmethod(new)  # type: ignore[assignment,method-assign]
+        try:
+            yield
+        finally:
+            del Tensor.__new__
+
+
+class _Typed(type):
+    """Stands for a class as ``torch.LongTensor``; ``of`` is that class, which ``x.type(torch.LongTensor)`` needs."""
+
+    of: Any
+    dtype: torch.dtype
+
+    def __call__(cls, *args: Any, **options: Any) -> Tensor:
+        return _made(cls.dtype, args, options) if _is_recordable(args) else cls.of(*args, **options)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.of)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.of, name)
+
+
+def class_of(x: Any) -> Any:
+    """The class itself, for what stands for it here."""
+    return x.of if isinstance(x, _Typed) else x
+
+
+def _is_recordable(args: tuple[Any, ...]) -> bool:
+    """Whether the arguments are sizes, one tensor, or values: all but a storage."""
+    return not args or not hasattr(args[0], "data_ptr") or isinstance(args[0], Tensor)
+
+
+def _made(dtype: torch.dtype, args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+    if not args or isinstance(args[0], (Integral, torch.SymInt, torch.Size)):
+        return torch.empty(*(args or (0,)), dtype=dtype, **options)
+    if isinstance(args[0], Tensor):
+        return torch.ops.aten.alias.default(args[0])
+    return torch.tensor(args[0], dtype=dtype, **options)
