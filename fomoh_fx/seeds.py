@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Call, Input, Program
@@ -73,6 +74,17 @@ def selected_parameters(module: nn.Module, wrt: str | Sequence[str]) -> dict[str
         chosen.update((id(names[name]), name) for name in matched)
     first = {name: p for name, p in module.named_parameters()}
     return {name: p for name, p in first.items() if id(p) in chosen}
+
+
+def refuse_lazy(module: nn.Module) -> None:
+    """A parameter or buffer of a lazy module has no shape before the first call.
+
+    Raises:
+        ArgumentError: naming it.
+    """
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise ArgumentError(f"model: {name} has no shape yet; call the model once before, which gives it one")
 
 
 def _listing(names: Iterable[str], most: int = 8) -> str:

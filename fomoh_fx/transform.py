@@ -22,7 +22,7 @@ from fomoh_fx.errors import ArgumentError, SpecialisationError, UnsupportedOpErr
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.passes import pipeline
 from fomoh_fx.passes.data_sizes import ADVICE
-from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, positional_names, selected_parameters
+from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, positional_names, refuse_lazy, selected_parameters
 from fomoh_fx.signature import Signature, modes_of, signature_of, strides_of
 from fomoh_fx.specialization import Specialization, outside_modes
 
@@ -170,6 +170,7 @@ class HyperDualModule(nn.Module):
         return self._specialize(call, seeds, dynamic_shapes)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], tangents: Any, targets: Any) -> tuple[Call, Seeds]:
+        refuse_lazy(self.module)
         if self.loss is None and targets is not None:
             kwargs = {**kwargs, "targets": targets}
             targets = None

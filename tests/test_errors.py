@@ -169,6 +169,18 @@ def test_model_without_floating_point_output(output: Any) -> None:
         transform(output, wrt="inputs")(X, tangents=(torch.ones(1, 4, 3),))
 
 
+@pytest.mark.parametrize("wrt", ["parameters", "inputs"])
+def test_lazy_modules_have_no_shapes_yet(wrt: str) -> None:
+    x, v = torch.randn(2, 3), torch.randn(1, 2, 3)
+    model = nn.Sequential(nn.LazyLinear(3))
+    hd = fomoh_fx.transform(model, wrt=wrt)
+    tangents: Any = (v,) if wrt == "inputs" else {"0.weight": torch.randn(1, 3, 3)}
+    with pytest.raises(ArgumentError, match="model: 0.weight has no shape yet; call the model once"):
+        hd(x, tangents=tangents)
+    model(x)
+    assert hd(x, tangents=tangents).tangent.shape == (1, 2, 3)
+
+
 def test_targets() -> None:
     hd = transform(Net(), F.mse_loss)
     with pytest.raises(ArgumentError, match="^targets: expected a tuple of the loss's arguments, got Tensor"):
