@@ -90,7 +90,7 @@ def _capture(
         outcome: Program | FomohError = _first_that_works(root, argument_names, dynamic_shapes)
         refused = outcome if isinstance(outcome, _DecidedByData) else refusal
         if refused is not None:
-            root, outcome = _with_constants(root, refused, argument_names, dynamic_shapes)
+            root, outcome = _with_constants(root, refused, argument_names, dynamic_shapes, refusal is None)
         tensors, modules = _unknown(root)
         made += root.observed.semantics.made if root.observed.semantics else []
         for assignment in root.observed.assigned:
@@ -112,9 +112,17 @@ def _capture(
 
 
 def _with_constants(
-    root: Root, refusal: FomohError, names: Sequence[str], dynamic_shapes: Any
+    root: Root, refusal: FomohError, names: Sequence[str], dynamic_shapes: Any, may_have_sizes: bool
 ) -> tuple[Root, Program | FomohError]:
-    """Capture again with known values as constants, but for those that the model changes."""
+    """Capture again with known values as constants, but for those that the model changes.
+
+    Whether the data may decide sizes in the graph is ``may_have_sizes``.
+    """
+
+    def is_enough(outcome: Program | CaptureError) -> bool:
+        if isinstance(outcome, CaptureError):
+            return False
+        return may_have_sizes or not any(map(has_sizes_from_data, outcome.module.graph.nodes))
 
     def captured(constants: Mapping[str, Tensor]) -> tuple[Root, Program | CaptureError]:
         again = Root(root.model, root.loss, root.call, root.foreign, list(root.outside), constants)
@@ -127,14 +135,12 @@ def _with_constants(
         found, outcome = captured(constants)
         if isinstance(outcome, _DecidedByData) and isinstance(refusal, _DecidedByData):
             root, refusal = found, outcome  # what else decides, and what else it refers to
-        if isinstance(outcome, CaptureError):
-            continue
-        if not isinstance(refusal, CaptureError) and any(map(has_sizes_from_data, outcome.module.graph.nodes)):
+        if isinstance(outcome, CaptureError) or not is_enough(outcome):
             continue
         for name in [name for name in found.constants or () if name.startswith(argument(""))]:
             rest = {other: value for other, value in (found.constants or {}).items() if other != name}
             without = captured(rest)
-            if not isinstance(without[1], CaptureError):  # that one decides nothing
+            if is_enough(without[1]):  # that one decides nothing
                 found, outcome = without
         return found, outcome
     return root, refusal

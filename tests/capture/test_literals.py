@@ -123,6 +123,28 @@ def test_whole_numbers_among_the_arguments_decide() -> None:
         assert not any(what.name.startswith("targets") for what, _ in hd.latest.program.constants)
 
 
+class Resized(nn.Module):
+    """One argument decides a size that a frontend leaves open and a rule does not, another decides nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(1, 2, 3, 3))
+
+    def forward(self, shape: Tensor, mask: Tensor) -> Tensor:
+        height, width = shape.tolist()
+        resized = nn.functional.interpolate(self.positions, size=(height, width), mode="bilinear", antialias=True)
+        return resized.square().flatten(1) * mask[: 2 * height * width]
+
+
+def test_an_argument_that_decides_a_size_is_told_from_one_that_does_not() -> None:
+    model, mask = Resized().double(), torch.arange(16) > 2
+    hd = fomoh_fx.transform(model, lambda output: output.sum())
+    for shape, traced in (([2, 4], 1), ([2, 2], 2), ([2, 4], 2)):
+        check_call(hd, Problem(model, (torch.tensor(shape), mask), loss=hd.loss))
+        assert len(hd._traced) == traced
+        assert [what.name for what, _ in hd.latest.program.constants] == ["shape"]
+
+
 @pytest.mark.parametrize("where", ["buffer", "closure"])
 def test_constants_that_the_model_changes_through_a_view(where: str) -> None:
     held = torch.tensor([1, 2, 3])
