@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._export.utils import _compiling_state_context
 from torch._inductor import config as inductor_config
+from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import _trace
 from torch.export.graph_signature import InputKind, OutputKind
@@ -439,7 +440,8 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
     table = torch.export.default_decompositions()
     for op in [*RULES, *COMPOSITES, aten.detach.default]:
         table.pop(op, None)
-    with inductor_config.patch(fallback_random=True):  # keeps unused draws, as the model draws them too
+    keeps_draws = inductor_config.patch(fallback_random=True)  # unused ones, too, as the model draws them
+    with _views_in_any_layout(), keeps_draws:
         exported = exported.run_decompositions(table)
     arguments = iter(range(len(tensors)))
     inputs = []
@@ -468,6 +470,12 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
     structure = root.observed.structure
     assert structure is not None
     return Program(exported.graph_module, inputs, outputs, structure, "torch.export")
+
+
+def _views_in_any_layout() -> Any:
+    """Let a view be a copy: what a change in place becomes may be laid out so that it has no view (reshape follows)."""
+    table = fake_impls.op_implementations_dict
+    return patch.dict(table, {aten.view.default: partial(table[aten.view.default], allow_copy=True)})
 
 
 def _state(root: Root, target: str) -> Input:
@@ -515,7 +523,8 @@ def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Prog
             if not node.users:  # a number that was known: the graph is for it
                 module.graph.erase_node(node)
         # functionalized after recording: a model that calls torch.autograd.grad cannot run inside functionalize
-        module = record(torch.func.functionalize(fx.Interpreter(module).run, remove="mutations"))(*fakes)
+        with _views_in_any_layout():
+            module = record(torch.func.functionalize(fx.Interpreter(module).run, remove="mutations"))(*fakes)
     inputs = [_state(root, name) for name in owned]
     inputs += [Input("argument", name, i) for i, name in enumerate(names)]
     assert root.observed.structure is not None

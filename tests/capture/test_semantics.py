@@ -7,6 +7,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.autograd.function import once_differentiable
 
 import fomoh_fx
+from fomoh_fx.capture import frontends
 from fomoh_fx.errors import CaptureError, UnsupportedOpError
 from tests.oracle import finite_differences, relative_error, reverse_over_reverse
 
@@ -304,6 +305,21 @@ def test_assigned_data_share_no_memory_in_a_graph(x, at):
 
     with pytest.raises(UnsupportedOpError, match=r"assign a copy"):
         fomoh_fx.transform(f, wrt="inputs")(x, tangents=(torch.randn(1, 4, 5, dtype=torch.float64),))
+
+
+@pytest.mark.parametrize("frontend", list(frontends.FRONTENDS))
+def test_a_change_in_place_of_heads_that_are_a_view(x, frontend, monkeypatch):
+    """What it becomes is laid out otherwise, so that the tensor behind it is no view of that."""
+    monkeypatch.setattr(frontends, "FRONTENDS", {frontend: frontends.FRONTENDS[frontend]})
+    mask = torch.tensor([True, False, True, True])
+
+    def f(x):
+        y = torch.cat([x, x.sin()], 1)
+        heads = y.view(1, 4, 2, 5).permute(0, 2, 1, 3)
+        heads.masked_fill_(mask.view(1, 1, 4, 1), 0.5)
+        return (y.view(4, 10).exp() * x.repeat(1, 2)).sum() + heads.square().sum()
+
+    assert_like_reverse_mode(f, x)
 
 
 @pytest.mark.parametrize("bags", [False, True])
