@@ -3,7 +3,7 @@
 Where nothing else could be captured, these count as constants: what PyTorch's factories make of Python numbers; the
 buffers of the model, and tensors that a function refers to; at last whole numbers among the arguments (the edges of a
 graph, the sample that each node belongs to). A graph holds for their values, and others are captured again. What the
-model changes while it runs is no constant.
+model changes while it runs is no constant, but a flag that it sets (``if not self.initialized``) is known until then.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -30,6 +31,14 @@ def candidates(root: nn.Module, arguments: Sequence[Tensor], are_static: bool) -
     given = {argument(i): t for i, t in enumerate(arguments) if _is_small(t) and _is_whole(t)}
     if given and are_static:
         yield {**buffers, **given}
+
+
+def is_flag(name: str, x: Tensor) -> bool:
+    """Whether a buffer is one number that says yes or no; one that counts would be another one at every call."""
+    if name.startswith(argument("")):
+        return False
+    is_number = x.numel() == 1 and (x.dtype in (torch.bool, torch.uint8) or x.is_floating_point())
+    return is_number and x.item() in (0, 1)
 
 
 def argument(index: int | str) -> str:
@@ -70,16 +79,20 @@ class AsConstants(TorchFunctionMode):
 
     Attributes:
         values: of the buffers and arguments that are constants; None where factories are to be left alone, too.
+        flags: the names of those that stay what they are, inputs, while their values before are known.
         put: the constants by name, and their versions then.
         changed: the names of those that the model changes.
     """
 
-    def __init__(self, root: nn.Module, values: Mapping[str, Tensor] | None) -> None:
+    def __init__(
+        self, root: nn.Module, values: Mapping[str, Tensor] | None, flags: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__()
-        self.root, self.values = root, values
+        self.root, self.values, self.flags = root, values, flags
         self.changed: set[str] = set()
         self.put: dict[str, tuple[Tensor, int]] = {}
         self._before: list[tuple[dict[str, Any], str, Any]] = []
+        self._known: list[FakeTensor] = []
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The arguments, with constants in their places."""
@@ -91,9 +104,23 @@ class AsConstants(TorchFunctionMode):
         self.put[name] = constant, constant._version
         return constant
 
+    def _know(self, flag: Tensor, value: Tensor) -> None:
+        """Let the fake tensor below know the value, until the model sets another one."""
+        fake: Any = flag
+        while isinstance(fake, FunctionalTensor):
+            fake = torch._from_functional_tensor(fake.elem)
+        if not isinstance(fake, FakeTensor):
+            return
+        with unset_fake_temporarily(), disable_proxy_modes_tracing():
+            fake.constant = value.clone()
+        fake.fake_mode.fake_tensor_converter.add_constant_storage_mapping(fake)
+        self._known.append(fake)
+
     def __enter__(self) -> AsConstants:
         buffers = dict(self.root.named_buffers())
-        for name in [name for name in self.values or () if name in buffers]:
+        for name in self.flags:
+            self._know(buffers[name], self.values[name])
+        for name in [name for name in self.values or () if name in buffers and name not in self.flags]:
             parent, _, attribute = name.rpartition(".")
             owner = self.root.get_submodule(parent)._buffers
             self._before.append((owner, attribute, owner[attribute]))
@@ -104,6 +131,8 @@ class AsConstants(TorchFunctionMode):
         super().__exit__(*exc)
         for owner, attribute, before in self._before:
             owner[attribute] = before
+        for fake in self._known:
+            fake.constant = None
         self.changed |= {name for name, (constant, version) in self.put.items() if constant._version != version}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

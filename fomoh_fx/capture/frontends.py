@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomoh_fx.capture.assignments import COMPUTED_FROM, remembered
-from fomoh_fx.capture.constants import argument, candidates
+from fomoh_fx.capture.constants import argument, candidates, is_flag
 from fomoh_fx.capture.constructors import constructors_recorded
 from fomoh_fx.capture.counters import refuse_counted
 from fomoh_fx.capture.dimensions import marks_kept, refusals
@@ -125,11 +125,15 @@ def _with_constants(
             return False
         return may_have_sizes or not any(map(has_sizes_from_data, outcome.module.graph.nodes))
 
-    def captured(constants: Mapping[str, Tensor]) -> tuple[Root, Program | CaptureError]:
-        again = Root(root.model, root.loss, root.call, root.foreign, list(root.outside), constants)
+    def captured(
+        constants: Mapping[str, Tensor], flags: frozenset[str] = frozenset()
+    ) -> tuple[Root, Program | CaptureError]:
+        again = Root(root.model, root.loss, root.call, root.foreign, list(root.outside), constants, flags)
         outcome = _first_that_works(again, names, dynamic_shapes)
         if again.observed.constants is not None and (changed := again.observed.constants.changed):
-            return captured({name: value for name, value in constants.items() if name not in changed})
+            set_here = {name for name in changed - flags if is_flag(name, constants[name])}
+            left = {name: value for name, value in constants.items() if name in set_here or name not in changed}
+            return captured(left, (flags - changed) | set_here)
         return again, outcome
 
     for constants in candidates(root, root.call.tensors, dynamic_shapes is None):
@@ -523,7 +527,7 @@ def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Prog
             if not node.users:  # a number that was known: the graph is for it
                 module.graph.erase_node(node)
         # functionalized after recording: a model that calls torch.autograd.grad cannot run inside functionalize
-        with _views_in_any_layout():
+        with _views_in_any_layout(), torch.no_grad():  # where leaves may change in place
             module = record(torch.func.functionalize(fx.Interpreter(module).run, remove="mutations"))(*fakes)
     inputs = [_state(root, name) for name in owned]
     inputs += [Input("argument", name, i) for i, name in enumerate(names)]

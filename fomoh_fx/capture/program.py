@@ -145,10 +145,11 @@ class Root(nn.Module):
         foreign: Sequence[Tensor] = (),
         outside: Sequence[nn.Module] = (),
         constants: Mapping[str, Tensor] | None = None,
+        flags: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.model, self.loss = model, loss
-        self.constants = constants
+        self.constants, self.flags = constants, flags
         self.outside = nn.ModuleList(outside)
         self.call, self.observed = call, Observed()
         self.foreign = list(foreign)
@@ -157,7 +158,7 @@ class Root(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         with ExitStack() as stack:
-            constants = self.observed.constants = stack.enter_context(AsConstants(self, self.constants))
+            constants = self.observed.constants = stack.enter_context(AsConstants(self, self.constants, self.flags))
             assignments = Assignments(self)
             args, kwargs, targets = self.call.rebuild(constants.of(tensors))
             known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
