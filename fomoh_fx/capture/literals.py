@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch._ops import OpOverload
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,6 +21,7 @@ from fomoh_fx.capture.constants import MOST
 from fomoh_fx.custom_functions import namespace
 from fomoh_fx.passes.retrace import is_composite_implicit
 
+aten = torch.ops.aten
 _NOTHING = -1
 
 
@@ -29,12 +31,13 @@ def known_literals() -> Iterator[None]:
 
     What PyTorch computes inside an operator that has other arguments as well is for shapes alone: an uninitialised
     tensor, a copy of an argument. Fake tensors would know the values of those, too, and take them for the result's.
+    Where an index is true is a shape.
     """
     run, most = FakeTensorMode._dispatch_impl, MOST
 
     def dispatch(mode: FakeTensorMode, func: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal most
-        before, fake_tensor.CONSTANT_NUMEL_LIMIT = most, most
+        before, fake_tensor.CONSTANT_NUMEL_LIMIT = most, MOST if func is aten.nonzero.default else most
         most = _NOTHING if _is_for_shapes(func) else most
         try:
             return run(mode, func, *args, **kwargs)

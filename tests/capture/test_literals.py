@@ -38,6 +38,13 @@ def selected(x: Tensor) -> Tensor:
     return x.square()[torch.tensor([True, False, True])]
 
 
+def as_many_as_selected(x: Tensor) -> Tensor:
+    """How many decides."""
+    mask = torch.tensor([[True, False, True]])
+    y = x.square().unsqueeze(0)[~mask].reshape(1, -1)
+    return y.exp() if y.shape[1] == 1 else y
+
+
 def from_numpy(x: Tensor) -> Tensor:
     return x.square() * torch.from_numpy(numpy.linspace(1, 2, 3)) + float(numpy.sqrt(2))
 
@@ -61,7 +68,9 @@ def constructed(x: Tensor) -> Tensor:
     return torch.Tensor(x).square() * scale * int(torch.LongTensor([1, 2]).sum()) * isinstance(x, torch.DoubleTensor)
 
 
-LITERAL = [constructed, normalised, repeated, changed, selected, from_numpy, counted, kept]
+LITERAL = [
+    constructed, normalised, repeated, changed, selected, as_many_as_selected, from_numpy, counted, kept,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("function", LITERAL, ids=lambda f: f.__name__)
