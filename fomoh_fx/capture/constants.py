@@ -9,6 +9,7 @@ model changes while it runs is no constant, but a flag that it sets (``if not se
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -118,22 +119,29 @@ class AsConstants(TorchFunctionMode):
 
     def __enter__(self) -> AsConstants:
         buffers = dict(self.root.named_buffers())
-        for name in self.flags:
-            self._know(buffers[name], self.values[name])
-        for name in [name for name in self.values or () if name in buffers and name not in self.flags]:
-            parent, _, attribute = name.rpartition(".")
-            owner = self.root.get_submodule(parent)._buffers
-            self._before.append((owner, attribute, owner[attribute]))
-            owner[attribute] = self._made(name)
-        return super().__enter__()
+        with ExitStack() as undo:
+            undo.callback(self._put_back)
+            for name in self.flags:
+                self._know(buffers[name], self.values[name])
+            for name in [name for name in self.values or () if name in buffers and name not in self.flags]:
+                parent, _, attribute = name.rpartition(".")
+                owner = self.root.get_submodule(parent)._buffers
+                self._before.append((owner, attribute, owner[attribute]))
+                owner[attribute] = self._made(name)
+            super().__enter__()
+            undo.pop_all()
+        return self
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
+        self._put_back()
+        self.changed |= {name for name, (constant, version) in self.put.items() if constant._version != version}
+
+    def _put_back(self) -> None:
         for owner, attribute, before in self._before:
             owner[attribute] = before
         for fake in self._known:
             fake.constant = None
-        self.changed |= {name for name, (constant, version) in self.put.items() if constant._version != version}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
