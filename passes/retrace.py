@@ -98,9 +98,15 @@ def retrace(
     table = {**(decompositions or {}), **_SIZES}
     trace = make_fx(function, table, tracing_mode="real", _allow_non_fake_inputs=True)
     symbolic = any(isinstance(n, torch.SymInt) for x in inputs if isinstance(x, Tensor) for n in x.shape)
-    dynamic = _keeping_sizes() if symbolic else nullcontext()
+    dynamic = _keeping_sizes() if symbolic or _has_sizes_inside(fake_mode) else nullcontext()
     with fake_mode or nullcontext(), torch.no_grad(), without_autocast(), dynamic, _RecordWhole():
         return trace(*inputs)
+
+
+def _has_sizes_inside(fake_mode: Any) -> bool:
+    """Whether capture has met numbers that only the data decide, as the size of ``x[x > 0]``."""
+    shapes = None if fake_mode is None else fake_mode.shape_env
+    return shapes is not None and shapes.unbacked_symint_counter > 0
 
 
 @contextmanager

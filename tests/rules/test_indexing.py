@@ -196,3 +196,19 @@ def test_masked_scatter_of_a_number_of_rows_that_is_data():
         for actual, expected in ((out.primal, y), (out.tangent, tangents), (out.hessian(), crosses)):
             torch.testing.assert_close(actual, expected)
     assert len(hd._traced) == 1
+
+
+def test_padding_of_a_number_of_rows_that_is_data():
+    def function(x, keep):
+        rows = x.square()[keep]
+        padded = torch.nn.functional.pad(rows, (1, 0, 0, 2), value=0.5)
+        return torch.cat([padded.cumsum(1), padded.exp()]).square().sum()
+
+    x, v = r(4, 2), r(2, 4, 2)
+    hd = fomoh_fx.transform(function, wrt="inputs")
+    for keep in (torch.tensor([True, False, True, False]), torch.tensor([True, True, True, False])):
+        out = hd(x, keep, tangents=(v, None))
+        y, tangents, crosses = reverse_over_reverse(lambda x: function(x, keep), [x], [v])  # noqa: B023
+        for actual, expected in ((out.primal, y), (out.tangent, tangents), (out.hessian(), crosses)):
+            torch.testing.assert_close(actual, expected)
+    assert len(hd._traced) == 1
