@@ -54,8 +54,9 @@ def _combinations(input: Tensor, r: int = 2, with_replacement: bool = False) -> 
 
 
 def _masked_select(input: Tensor, mask: Tensor) -> Tensor:
-    """PyTorch bounds the number of selected elements by the input's, before it is broadcast to the mask."""
-    return torch.masked_select(*torch.broadcast_tensors(input, mask))
+    """An index: of that a frontend knows the size where the mask is known, and bounds it by the broadcast input's."""
+    input, mask = torch.broadcast_tensors(input, mask)
+    return input[mask]
 
 
 def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
