@@ -106,6 +106,14 @@ def test_flash_attention_on_a_cpu_still_has_no_forward_mode() -> None:
         torch.func.jvp(lambda x: F.scaled_dot_product_attention(x, x, x), (q,), (q,))
 
 
+def test_reverse_mode_of_batch_norm_is_still_wrong_for_one_sample_in_an_odd_layout() -> None:
+    """In eval mode, where the gradient is laid out channels last: reverse mode is no oracle there."""
+    norm, x = nn.BatchNorm2d(4).double().eval(), _normal(1, 4, 3, 3).requires_grad_()
+    gradient = _normal(3, 3, 4).as_strided((1, 4, 3, 3), (7, 1, 12, 4))  # one sample: its stride is arbitrary
+    (found,) = torch.autograd.grad(norm(x), x, gradient)
+    assert relative_error(found, gradient / (1 + norm.eps) ** 0.5) > 1e-3, "PyTorch has repaired it"
+
+
 def test_a_custom_function_still_loses_second_order_terms() -> None:
     class Cube(torch.autograd.Function):
         @staticmethod
