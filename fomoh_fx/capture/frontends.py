@@ -1,4 +1,7 @@
-"""The frontends in the order in which they are tried: non-strict export first, make_fx on fake tensors after it."""
+"""The frontends in the order in which they are tried: non-strict export first, make_fx on fake tensors after it.
+
+Both tell the model that it is being exported; at last it is captured as it runs eagerly, unless data decide.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 from unittest.mock import patch
@@ -211,6 +214,8 @@ def _by_some_frontend(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
     refused: list[str] = []
     decided_by_data = False
     for name, frontend in FRONTENDS.items():
+        if decided_by_data and name == _AS_EAGERLY:  # where a model asks for more values
+            continue
         try:
             with _tracing_state(), _foreign_restored(root), _containers_kept(root):
                 program = frontend(root, names, dynamic_shapes)
@@ -390,6 +395,7 @@ def _tracing_state() -> Iterator[None]:
         stack.enter_context(fx.traceback.preserve_node_meta())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about PyTorch's own calls
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # so is this
         stack.enter_context(quiet("torch._subclasses.fake_tensor"))
         stack.enter_context(quiet("torch.fx.experimental.symbolic_shapes"))
         stack.enter_context(patch.object(_trace, "print", lambda *_, **__: None, create=True))  # a graph
@@ -505,7 +511,7 @@ def _constant(root: Root, name: str, names: Sequence[str]) -> Input:
     return Input("argument", names[index], index)
 
 
-def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program:
+def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any, is_exporting: bool = True) -> Program:
     owned = {**dict(root.named_parameters()), **dict(root.named_buffers())}
     tensors = _distinct(root)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -518,7 +524,7 @@ def _from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Prog
 
     record = partial(make_fx, tracing_mode="real", _allow_non_fake_inputs=True, record_stack_traces=True)
     table = {aten.native_batch_norm.default: _batch_norm}
-    as_under_export = _compiling_state_context()  # for is_compiling()
+    as_under_export = _compiling_state_context() if is_exporting else nullcontext()  # for is_compiling()
     with fake_mode, sdpa_kernel(SDPBackend.MATH), as_under_export, _checks_recorded():
         module = record(functional, table)(*fakes)
         for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
@@ -579,7 +585,9 @@ def _mutations_as_outputs(module: fx.GraphModule, inputs: list[Input]) -> list[O
     return outputs + [Output("value")] * len(values)
 
 
+_AS_EAGERLY = "make_fx without torch.compiler.is_exporting"
 FRONTENDS: dict[str, Callable[[Root, Sequence[str], Any], Program]] = {
     "torch.export": _from_export,
     "make_fx": _from_make_fx,
+    _AS_EAGERLY: partial(_from_make_fx, is_exporting=False),
 }

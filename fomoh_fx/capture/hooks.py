@@ -99,8 +99,11 @@ def _register_hook(self: Tensor, hook: Callable[..., Any]) -> _Handle:
 
 
 def _grad_fn(self: Tensor) -> Any:
+    is_asked_by_model = not is_hidden(sys._getframe(1).f_code.co_filename)
+    if is_asked_by_model and (not self.requires_grad or self.is_leaf):
+        return None
     node: Any = torch._C.TensorBase.grad_fn.__get__(self)  # type: ignore[union-attr]
-    return node if node is None or is_hidden(sys._getframe(1).f_code.co_filename) else _Node(node)
+    return _Node(node) if is_asked_by_model else node
 
 
 _PUSH = saved_tensors_hooks.__enter__

@@ -162,7 +162,8 @@ class Root(nn.Module):
             assignments = Assignments(self)
             args, kwargs, targets = self.call.rebuild(constants.of(tensors))
             known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
-            semantics = self.observed.semantics = ReverseModeSemantics(known, self.observed.before)
+            leaves = [tensors[i] for i in self.call.differentiated]
+            semantics = self.observed.semantics = ReverseModeSemantics(known, self.observed.before, leaves)
             for context in (
                 semantics, RecordSourceLines(), AssumeFinite(), assignments, self._observe_modules(assignments),
                 conversions_checked(self), gradient_hooks_checked(),

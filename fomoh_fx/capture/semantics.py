@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -59,7 +59,8 @@ def _call_under_transforms(function: type[torch.autograd.Function], *args: Any, 
 
 _STOPS = {torch.Tensor.detach, torch.detach}
 _GRAD_MODE = {torch._C._set_grad_enabled}
-_ASK_FOR_GRADIENT = {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad_fn")}
+_IS_LEAF = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
+_ASK_FOR_GRADIENT = {torch.Tensor.requires_grad.__get__, _IS_LEAF}  # type: ignore[attr-defined]
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
@@ -89,13 +90,16 @@ class ReverseModeSemantics(TorchFunctionMode):
         foreign: tensors that the model uses without owning them (captured by a closure, a plain attribute).
         before: those of them that the run changes in place, and copies from before.
         made: what torch functions have returned.
+        leaves: inputs with tangents, which are no leaves while they are captured, so that the model may change them.
         has_denied: whether the model has asked a tensor for a gradient of it, and been told that there is none.
         asks_for_offset: whether the model has asked where in its storage a tensor begins.
     """
 
-    def __init__(self, known: Mapping[int, Tensor], before: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, known: Mapping[int, Tensor], before: list[tuple[Tensor, Tensor]], leaves: Sequence[Tensor] = ()
+    ) -> None:
         super().__init__()
-        self.known, self.before = known, before
+        self.known, self.before, self.leaves = known, before, leaves
         self.foreign: dict[int, Tensor] = {}
         self.made: list[weakref.ref[Tensor]] = []
         self.has_denied = False
@@ -136,6 +140,8 @@ class ReverseModeSemantics(TorchFunctionMode):
         self.asks_for_offset |= func == torch.Tensor.storage_offset
         if func is torch.Tensor.type:
             args = tuple(map(class_of, args))
+        if func == _IS_LEAF and any(args[0] is leaf for leaf in self.leaves):
+            return True
         func = traceable(func, args)
         if func == torch.Tensor.requires_grad.__set__ and args[0].requires_grad and args[1]:  # type: ignore[attr-defined]
             return None  # which only leaves allow, and here an input with a tangent is none
