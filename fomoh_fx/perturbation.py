@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fomoh_fx.cache import Cache
 from fomoh_fx.capture import Call, Program, capture
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.errors import ArgumentError
@@ -105,7 +106,7 @@ class ActivityGradient:
         if isinstance(perturbations, bool) or not isinstance(perturbations, int) or perturbations < 1:
             raise ArgumentError(f"perturbations: expected a number of at least 1, got {perturbations!r}")
         self.hd, self.perturbations, self.exact, self.feedback = hd, perturbations, exact, feedback
-        self._specializations: dict[Any, list[_Specialization]] = {}
+        self._specializations: Cache[_Specialization] = Cache()
         self._latest: _Specialization | None = None
 
     def __call__(
@@ -159,11 +160,11 @@ class ActivityGradient:
 
     def _specialized(self, call: Call, parameters: tuple[str, ...]) -> _Specialization:
         signature = signature_of(self.hd.module, self.hd.loss, call, Seeds((), (), 0))
-        known = self._specializations.setdefault((signature, parameters), [])
-        self._latest = next((s for s in known if is_as_captured(s.program, s.outside, call.tensors)), None)
+        key = signature, parameters
+        self._latest = self._specializations.find(key, lambda s: is_as_captured(s.program, s.outside, call.tensors))
         if self._latest is None:
             self._latest = self._compile(call, parameters)
-            known.insert(0, self._latest)
+            self._specializations.add(key, self._latest, self.hd.most_specializations)
         return self._latest
 
     def _compile(self, call: Call, parameters: tuple[str, ...]) -> _Specialization:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx import inspect as inspection
 from fomoh_fx import lower
+from fomoh_fx.cache import MOST, Cache
 from fomoh_fx.capture import Call, Program, capture
 from fomoh_fx.capture.frontends import quiet
 from fomoh_fx.dynamic_shapes import dynamic_dims, must_vary
@@ -59,8 +60,14 @@ def transform(
 
 
 class HyperDualModule(nn.Module):
-    """A model's hyper-dual expansion; parameters, buffers and ``state_dict`` are the model's own, under its names."""
+    """A model's hyper-dual expansion; parameters, buffers and ``state_dict`` are the model's own, under its names.
 
+    Attributes:
+        most_specializations: how many specialisations are kept, for all signatures and values that decide. Beyond it
+            the least recently used one is dropped with a warning, and captured again when a call needs it.
+    """
+
+    most_specializations: int = MOST
     model: Any
     loss: Callable[..., Tensor] | None
 
@@ -92,9 +99,7 @@ class HyperDualModule(nn.Module):
         self.second_order, self.curvature = second_order, curvature
         self.wrt = wrt if isinstance(wrt, str) else _names(wrt)
         self.lowering: lower.Lowering = lower.eager
-        self._specializations: dict[Signature, list[Specialization]] = {}
-        self._traced: list[Specialization] = []  # the same, for Dynamo, which cannot read the keys
-        self._latest: Specialization | None = None
+        self._forget()
         if self.wrt != "inputs":
             selected_parameters(self.module, self.wrt)
 
@@ -186,14 +191,14 @@ class HyperDualModule(nn.Module):
     def _specialize(self, call: Call, seeds: Seeds, dynamic_shapes: Any = None) -> Specialization:
         signature = signature_of(self.module, self.loss, call, seeds)
         dims = dynamic_dims(call, positional_names(self.model, len(call.args)), dynamic_shapes)
-        known = self._specializations.setdefault(signature, [])
-        found = next((s for s in known if s.covers(dims) and s.holds(call.tensors)), None)
+        found = self._specializations.find(signature, lambda s: s.covers(dims) and s.holds(call.tensors))
         if found is None:
             serving = (s for s in self._traced if s.covers(dims) and s.serves(signature, call.tensors))
             found = next((s for s in serving if s.holds(call.tensors)), None) or self._compile(
                 call, seeds, signature, dims
             )
-            known.insert(0, found)
+            key = replace(signature, rest=found.signature.rest)  # which is equal, and not kept for every size
+            self._specializations.add(key, found, self.most_specializations)
             found.traced_with.append(
                 [(t.shape, t.dtype, t.device, strides_of(t)) for t in (*call.tensors, *seeds.stacks)]
             )
@@ -234,7 +239,7 @@ class HyperDualModule(nn.Module):
             )
         if dims is not None:
             _refuse_fixed(program, dims)
-        specialization = Specialization(
+        return Specialization(
             program,
             compiled,
             components,
@@ -248,8 +253,6 @@ class HyperDualModule(nn.Module):
             outside=outside_modes(program),
             run=self.lowering(compiled.final, dims is not None),
         )
-        self._traced.append(specialization)
-        return specialization
 
     def train(self, mode: bool = True) -> HyperDualModule:
         """Set the model's own training flags."""
@@ -267,7 +270,18 @@ class HyperDualModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy specialises itself anew: graphs belong to the model that they were captured from."""
-        return {**self.__dict__, "_specializations": {}, "_traced": [], "_latest": None}
+        kept = ("_specializations", "_traced", "_latest")
+        return {name: value for name, value in self.__dict__.items() if name not in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start without a specialisation."""
+        self._specializations: Cache[Specialization] = Cache()
+        self._traced = self._specializations.values  # Dynamo reads these
+        self._latest: Specialization | None = None
 
     @property
     def latest(self) -> Specialization:
@@ -331,6 +345,7 @@ def compile(hd: HyperDualModule, **options: Any) -> HyperDualModule:
         raise ArgumentError(f"hd: expected the result of fomoh_fx.transform, got {type(hd).__name__}")
     compiled = HyperDualModule(hd.model, hd.loss, wrt=hd.wrt, second_order=hd.second_order, curvature=hd.curvature)
     compiled.lowering = partial(lower.inductor, **options)
+    compiled.most_specializations = hd.most_specializations
     return compiled
 
 

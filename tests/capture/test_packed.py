@@ -63,7 +63,7 @@ def test_other_lengths_at_the_same_signature() -> None:
     for lengths in (LENGTHS, torch.tensor([1, 3, 3])):
         out = hd(p.args[0], lengths, tangents=tangents, targets=())
         torch.testing.assert_close(out.primal, p.loss(p.model(p.args[0], lengths)))
-    assert len(hd._specializations) == 1
+    assert len(hd._traced) == 1
 
 
 def test_what_the_capture_takes_for_granted_is_checked() -> None:

@@ -314,4 +314,4 @@ def test_what_decides_a_branch_has_a_graph_of_its_own():
         torch.testing.assert_close(found.loss, loss.detach())
         for name, expected in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
             torch.testing.assert_close(found.whole[name], expected)
-    assert sum(map(len, gradient._specializations.values())) == 2
+    assert len(gradient._specializations.values) == 2
