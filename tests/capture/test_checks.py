@@ -6,6 +6,7 @@ from torch import nn
 
 import fomoh_fx
 from fomoh_fx.errors import CaptureError
+from tests.models.checking import Problem, check
 
 
 def slope_of_sine(x):
@@ -131,3 +132,21 @@ def test_whole_number_that_the_model_changes_is_no_constant():
         fomoh_fx.transform(Counting())(
             torch.rand(1, 1, 4).double(), tangents={"weight": torch.ones(1, 2, 1, 3).double()}
         )
+
+
+class MaskedUnderExport(nn.Module):
+    """A mask of the wrong shape, made only where a model is told that it is exported."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        scores = self.layer(x)
+        if torch.compiler.is_compiling():
+            scores = scores + torch.zeros(4)
+        return scores.softmax(-1).square().sum()
+
+
+def test_a_model_that_fails_only_under_export_is_captured_as_it_runs_eagerly():
+    check(Problem(MaskedUnderExport().double(), (torch.rand(2, 3).double(),)))
