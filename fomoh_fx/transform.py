@@ -68,6 +68,7 @@ class HyperDualModule(nn.Module):
     """
 
     most_specializations: int = MOST
+    _latest: Specialization | None
     model: Any
     loss: Callable[..., Tensor] | None
 
@@ -281,7 +282,7 @@ class HyperDualModule(nn.Module):
         """Start without a specialisation."""
         self._specializations: Cache[Specialization] = Cache()
         self._traced = self._specializations.values  # Dynamo reads these
-        self._latest: Specialization | None = None
+        self._latest = None
 
     @property
     def latest(self) -> Specialization:

@@ -122,7 +122,7 @@ class AsConstants(TorchFunctionMode):
         with ExitStack() as undo:
             undo.callback(self._put_back)
             for name in self.flags:
-                self._know(buffers[name], self.values[name])
+                self._know(buffers[name], (self.values or {})[name])
             for name in [name for name in self.values or () if name in buffers and name not in self.flags]:
                 parent, _, attribute = name.rpartition(".")
                 owner = self.root.get_submodule(parent)._buffers
