@@ -8,7 +8,7 @@ model changes while it runs is no constant, but a flag that it sets (``if not se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,6 +32,19 @@ def candidates(root: nn.Module, arguments: Sequence[Tensor], are_static: bool) -
     given = {argument(i): t for i, t in enumerate(arguments) if _is_small(t) and _is_whole(t)}
     if given and are_static:
         yield {**buffers, **given}
+
+
+def fewer(constants: Mapping[str, Tensor], used: Set[str]) -> Iterator[dict[str, Tensor]]:
+    """Fewer constants that may do, for a graph is captured again where one is another: running statistics change.
+
+    First without a buffer, then with the whole numbers that the model used, then with all that it used.
+    """
+    last = -1
+    for is_kept in (lambda name: False, lambda name: name in used and _is_whole(constants[name]), used.__contains__):
+        kept = {name: value for name, value in constants.items() if name.startswith(argument("")) or is_kept(name)}
+        if len(kept) < len(constants) and len(kept) != last:
+            yield kept
+        last = len(kept)
 
 
 def is_flag(name: str, x: Tensor) -> bool:
@@ -82,6 +95,7 @@ class AsConstants(TorchFunctionMode):
         values: of the buffers and arguments that are constants; None where factories are to be left alone, too.
         flags: the names of those that stay what they are, inputs, while their values before are known.
         put: the constants by name, and their versions then.
+        used: the names of those that the model gives to a function.
         changed: the names of those that the model changes.
     """
 
@@ -91,6 +105,7 @@ class AsConstants(TorchFunctionMode):
         super().__init__()
         self.root, self.values, self.flags = root, values, flags
         self.changed: set[str] = set()
+        self.used: set[str] = set()
         self.put: dict[str, tuple[Tensor, int]] = {}
         self._before: list[tuple[dict[str, Any], str, Any]] = []
         self._known: list[FakeTensor] = []
@@ -145,9 +160,12 @@ class AsConstants(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _KEEP_STATISTICS:
-            given = {id(leaf) for leaf in (*args, *kwargs.values())}
-            self.changed |= {name for name, (constant, _) in self.put.items() if id(constant) in given}
+        if self.put:
+            given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
+            names = {name for name, (constant, _) in self.put.items() if id(constant) in given}
+            self.used |= names
+            if func in _KEEP_STATISTICS:
+                self.changed |= names
         if self.values is not None and func in _FACTORIES and _are_numbers(args, kwargs):
             with unset_fake_temporarily(), disable_proxy_modes_tracing():
                 made = func(*args, **kwargs)

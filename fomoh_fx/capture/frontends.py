@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomoh_fx.capture.assignments import COMPUTED_FROM, remembered
-from fomoh_fx.capture.constants import argument, candidates, is_flag
+from fomoh_fx.capture.constants import argument, candidates, fewer, is_flag
 from fomoh_fx.capture.constructors import constructors_recorded
 from fomoh_fx.capture.counters import refuse_counted
 from fomoh_fx.capture.dimensions import marks_kept, refusals
@@ -145,6 +145,12 @@ def _with_constants(
             root, refusal = found, outcome  # what else decides, and what else it refers to
         if isinstance(outcome, CaptureError) or not is_enough(outcome):
             continue
+        assert found.observed.constants is not None
+        for kept in fewer(found.constants or {}, found.observed.constants.used | found.flags):
+            less = captured(kept, found.flags & kept.keys())
+            if is_enough(less[1]):
+                found, outcome = less
+                break
         for name in [name for name in found.constants or () if name.startswith(argument(""))]:
             rest = {other: value for other, value in (found.constants or {}).items() if other != name}
             without = captured(rest)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import fomoh_fx
 from fomoh_fx.capture.constants import AsConstants
 
 
@@ -21,3 +22,43 @@ def test_an_error_half_way_puts_everything_back():
     with pytest.raises(NotImplementedError), AsConstants(holder, {"first": before["first"], "second": unreadable}):
         raise AssertionError("is not reached")
     assert all(buffer is before[name] for name, buffer in holder.named_buffers())
+
+
+class Pooled(nn.Module):
+    """The sample of each row decides a size, beside buffers that decide nothing."""
+
+    def __init__(self, edges=None):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.register_buffer("edges", edges)
+
+    def forward(self, x, sample):
+        y = self.norm(self.layer(x)).sin()
+        if self.edges is not None and int(self.edges[0]) > 0:
+            y = y * self.edges
+        return y.new_zeros(int(sample.max()) + 1, 3).index_add(0, sample, y)
+
+
+def trained(model):
+    """What an epoch changes in the buffers of a model, of which it makes no use beside its normalisation."""
+    model.norm.num_batches_tracked += 1
+    model.norm.running_mean += 0.5
+    return model
+
+
+@pytest.mark.parametrize("edges", [None, torch.tensor([1, 2, 3])])
+def test_in_eval_what_an_epoch_changes_is_not_captured_again(edges):
+    model = Pooled(edges).double().eval()
+    hd = fomoh_fx.transform(model, lambda output: output.square().mean())
+    x, sample = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3), torch.tensor([0, 0, 1, 1])
+    tangents = {"layer.bias": torch.eye(3, dtype=torch.float64)}
+    for _ in range(2):
+        out = hd(x, sample, tangents=tangents)
+        loss = hd.loss(model(x, sample))
+        torch.testing.assert_close(out.primal, loss.detach())
+        torch.testing.assert_close(out.tangent, torch.autograd.grad(loss, model.layer.bias)[0])
+        trained(model)
+    assert len(hd._traced) == 1
+    assert {what.name for what, _ in hd.latest.program.constants} == {"sample"} | (
+        {"edges"} if edges is not None else set()
+    )
