@@ -55,7 +55,7 @@ class Case:
     """One model: its class, its configuration and its inputs.
 
     ``internals`` are attributes of the configuration that its constructor does not take; ``train`` is for models with
-    batch statistics.
+    batch statistics; ``output`` names what the loss reads where that is not the logits, or what comes first.
     """
 
     model: str
@@ -65,6 +65,7 @@ class Case:
     internals: dict[str, Any] = field(default_factory=dict)
     train: bool = False
     truth: str = "reverse"
+    output: str = ""
 
     def problem(self) -> Problem:
         torch.manual_seed(0)
@@ -74,7 +75,8 @@ class Case:
         model = getattr(transformers, self.model)(config).double().train(self.train)
         for parameter in model.parameters():  # away from zero biases and unit scales
             parameter.data += 0.05 * torch.randn_like(parameter)
-        return Problem(model, (), self.inputs(), loss, truth=self.truth, tolerance=TOLERANCES[self.truth], step=3e-5)
+        read = (lambda output: output[self.output].square().mean()) if self.output else loss
+        return Problem(model, (), self.inputs(), read, truth=self.truth, tolerance=TOLERANCES[self.truth], step=3e-5)
 
 
 def tokens() -> dict[str, Any]:
@@ -124,6 +126,28 @@ def text_around_an_image() -> dict[str, Any]:
     is_image = torch.zeros_like(ids)
     ids[:, 1:5], is_image[:, 1:5] = 47, 1
     return {"input_ids": ids, "token_type_ids": is_image, "use_cache": False, **pixels(8)()}
+
+
+def patches(*shapes: tuple[int, int]) -> dict[str, Any]:
+    """Images of different shapes as rows of patches: the values of ``spatial_shapes`` decide sizes."""
+    most = max(height * width for height, width in shapes)
+    mask = torch.zeros(len(shapes), most, dtype=torch.int64)
+    for image, (height, width) in enumerate(shapes):
+        mask[image, : height * width] = 1
+    values = torch.randn(len(shapes), most, 3 * 2 * 2, dtype=torch.float64)
+    return {"pixel_values": values, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor(shapes)}
+
+
+def text_around_patches() -> dict[str, Any]:
+    ids = torch.randint(5, VOCABULARY, (BATCH, LENGTH))
+    ids[:, 1:3] = 4
+    return {"input_ids": ids, "use_cache": False, **patches((2, 4), (4, 2))}
+
+
+def masked_video() -> dict[str, Any]:
+    """The values of the mask decide how many patches there are."""
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 1, 1, 0]]).bool()
+    return {"pixel_values": torch.randn(2, 4, 3, 4, 4, dtype=torch.float64), "bool_masked_pos": mask}
 
 
 EAGER = {"_attn_implementation": "eager"}
@@ -191,6 +215,42 @@ GEMMA3 = {
     },
     "mm_tokens_per_image": 4, "image_token_index": 47, "boi_token_index": 45, "eoi_token_index": 46,
 }  # fmt: skip
+PATCHES = {
+    "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "num_patches": 9,
+    "patch_size": 2,
+}  # fmt: skip
+LFM2_VL = {
+    "text_config": {
+        **GROUPED, "conv_L_cache": 3, "block_multiple_of": 2, "layer_types": ["conv", "full_attention"],
+    },
+    "vision_config": PATCHES, "image_token_id": 4, "downsample_factor": 2, "projector_hidden_size": 8,
+}  # fmt: skip
+VIDEOMAE = {
+    "image_size": 4, "patch_size": 2, "num_frames": 4, "tubelet_size": 2, "hidden_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "intermediate_size": 12, "decoder_num_attention_heads": 2, "decoder_hidden_size": 8,
+    "decoder_num_hidden_layers": 1, "decoder_intermediate_size": 12,
+}  # fmt: skip
+T5GEMMA_PART = {
+    **GROUPED, "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+T5GEMMA = {"encoder": T5GEMMA_PART, "decoder": {**T5GEMMA_PART, "is_decoder": True}, "vocab_size": VOCABULARY}
+SUPERPOINT = {
+    "encoder_hidden_sizes": [4, 4], "decoder_hidden_size": 4, "descriptor_decoder_dim": 4, "nms_radius": 1,
+    "border_removal_distance": 2,
+}  # fmt: skip
+ESMFOLD = {
+    **SIZES, "vocab_size": 33, "hidden_size": 8, "num_hidden_layers": 1, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0, "is_folding_model": True, "esmfold_config": {
+        "lddt_head_hid_dim": 4, "trunk": {
+            "num_blocks": 1, "sequence_state_dim": 8, "pairwise_state_dim": 4, "sequence_head_width": 4,
+            "pairwise_head_width": 2, "position_bins": 4, "chunk_size": None, "max_recycles": 1, "structure_module": {
+                "ipa_dim": 4, "num_angles": 7, "num_blocks": 1, "num_heads_ipa": 2, "pairwise_dim": 4, "resnet_dim": 4,
+                "sequence_dim": 8, "num_qk_points": 2, "num_v_points": 2, "num_resnet_blocks": 1,
+            },
+        },
+    },
+}  # fmt: skip
 MIXTRAL = {**GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2}
 
 OTHERS = {
@@ -233,6 +293,20 @@ OTHERS = {
         "Gemma3ForConditionalGeneration", "Gemma3Config", GEMMA3, text_around_an_image
     ),
     "detr": Case("DetrForObjectDetection", "DetrConfig", DETR, pixels(16)),
+    "siglip2": Case(
+        "Siglip2ForImageClassification", "Siglip2Config", {"vision_config": PATCHES, "num_labels": 5},
+        lambda: patches((3, 4), (2, 3)),
+    ),
+    "lfm2-vl": Case("Lfm2VlForConditionalGeneration", "Lfm2VlConfig", LFM2_VL, text_around_patches),
+    "videomae": Case("VideoMAEForPreTraining", "VideoMAEConfig", VIDEOMAE, masked_video),
+    "t5gemma": Case("T5GemmaForConditionalGeneration", "T5GemmaConfig", T5GEMMA, translation),
+    "superpoint": Case(  # how many keypoints there are is decided by the data, and nothing else is
+        "SuperPointForKeypointDetection", "SuperPointConfig", SUPERPOINT, pixels(16), output="scores"
+    ),
+    "esmfold": Case(
+        "EsmForProteinFolding", "EsmConfig", ESMFOLD,
+        lambda: {"input_ids": torch.randint(0, 19, (1, 3)), "num_recycles": 0}, output="positions",
+    ),
 }  # fmt: skip
 CASES = {**REQUIRED, **OTHERS}
 
