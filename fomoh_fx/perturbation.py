@@ -37,7 +37,7 @@ from fomoh_fx.passes.sites import Point, find_points, reductions
 from fomoh_fx.passes.verify import verify
 from fomoh_fx.seeds import Seeds
 from fomoh_fx.signature import signature_of
-from fomoh_fx.specialization import is_as_captured, outside_modes
+from fomoh_fx.specialization import is_as_captured, outside_settings
 from fomoh_fx.transform import HyperDualModule, argument_names
 
 #: At most so many numbers in a matrix that feeds the output's gradient back to a point.
@@ -86,7 +86,7 @@ class _Specialization:
     far: list[str]
     graph: fx.GraphModule
     run: Callable[..., Any]
-    outside: list[bool]
+    outside: list[Any]
 
 
 class ActivityGradient:
@@ -185,7 +185,7 @@ class ActivityGradient:
         positions = {n: i for i, n in enumerate(inputs_of(module))}
         names, far = ([program.inputs[positions[n]].name for n in nodes] for nodes in (plan.parameters, plan.far))
         run = self.hd.lowering(graph, False)
-        return _Specialization(program, plan, names, far, graph, run, outside_modes(program))
+        return _Specialization(program, plan, names, far, graph, run, outside_settings(program))
 
     def _plan(
         self, module: fx.GraphModule, program: Program, values: Values, trained: Sequence[int], at: Sequence[int]

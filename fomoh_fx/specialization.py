@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Program
@@ -19,7 +19,7 @@ from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.passes.pipeline import Compiled
 from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.seeds import Seeds
-from fomoh_fx.signature import Signature, strides_of
+from fomoh_fx.signature import Signature, flags_of, kind_of, settings_of
 
 
 @dataclass
@@ -36,8 +36,9 @@ class Specialization:
         dims: the dynamic dimensions of each argument, or None where everything is static.
         traced_with: shape, dtype, device and layout of each argument and tangent, for every call that it served.
         others: the arguments that are not tensors.
-        modes: the training flags and autocast.
-        outside: the training flags of the modules that a function refers to without owning them.
+        modes: the training flags, autocast, and the like.
+        outside: the flags and settings of the modules that a function refers to without owning them.
+        settings: those of all modules that Dynamo can compare.
         run: the final graph, or its lowered form.
     """
 
@@ -51,7 +52,8 @@ class Specialization:
     traced_with: list[list[tuple[Any, ...]]]
     others: list[Any]
     modes: list[Any]
-    outside: list[bool]
+    outside: list[Any]
+    settings: list[tuple[nn.Module, str, Any]]
     run: Callable[..., Any]
 
     @property
@@ -102,9 +104,9 @@ class Specialization:
 
     def fits(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor], others: list[Any], modes: list[Any]) -> bool:
         """Whether this served these shapes, dtypes, devices, other arguments and modes before; Dynamo reads this."""
-        shapes = [(t.shape, t.dtype, t.device, strides_of(t)) for t in (*tensors, *stacks)]
-        same = shapes in self.traced_with and others == self.others and modes == self.modes
-        return same and outside_modes(self.program) == self.outside
+        kinds = [kind_of(t) for t in (*tensors, *stacks)]
+        same = kinds in self.traced_with and others == self.others and modes == self.modes
+        return same and all([getattr(module, name, None) == value for module, name, value in self.settings])
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether what the signature cannot see is as it was."""
@@ -155,14 +157,14 @@ class Specialization:
         return torch.zeros(lead + primal.shape, dtype=primal.dtype, device=primal.device)
 
 
-def outside_modes(program: Program) -> list[bool]:
-    """The training flags of the modules that the model or the loss refers to without owning them; Dynamo reads this."""
-    return [module.training for top in program.outside for module in top.modules()]
+def outside_settings(program: Program) -> list[Any]:
+    """The flags and settings of the modules that the model or the loss refers to without owning them."""
+    return [(flags_of(top), settings_of(top)) for top in program.outside]
 
 
-def is_as_captured(program: Program, outside: list[bool], tensors: Sequence[Tensor]) -> bool:
+def is_as_captured(program: Program, outside: list[Any], tensors: Sequence[Tensor]) -> bool:
     """Whether what no signature can see is as it was: what a function or loss refers to, and constants."""
-    if outside_modes(program) != outside or not program.has_its_structures():
+    if outside_settings(program) != outside or not program.has_its_structures():
         return False
     for what, node in zip(program.inputs, program.placeholders, strict=True):
         traced = node.meta["val"]

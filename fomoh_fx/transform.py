@@ -24,8 +24,8 @@ from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.passes import pipeline
 from fomoh_fx.passes.data_sizes import ADVICE
 from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, positional_names, refuse_lazy, selected_parameters
-from fomoh_fx.signature import Signature, modes_of, signature_of, strides_of
-from fomoh_fx.specialization import Specialization, outside_modes
+from fomoh_fx.signature import Signature, kind_of, modes_of, plain_settings, signature_of
+from fomoh_fx.specialization import Specialization, outside_settings
 
 Curvature = Literal["hessian", "ggn"]
 
@@ -200,9 +200,7 @@ class HyperDualModule(nn.Module):
             )
             key = replace(signature, rest=found.signature.rest)  # which is equal, and not kept for every size
             self._specializations.add(key, found, self.most_specializations)
-            found.traced_with.append(
-                [(t.shape, t.dtype, t.device, strides_of(t)) for t in (*call.tensors, *seeds.stacks)]
-            )
+            found.traced_with.append([kind_of(t) for t in (*call.tensors, *seeds.stacks)])
         self._latest = found
         return found
 
@@ -240,6 +238,7 @@ class HyperDualModule(nn.Module):
             )
         if dims is not None:
             _refuse_fixed(program, dims)
+        loss = [self.loss] if isinstance(self.loss, nn.Module) else []
         return Specialization(
             program,
             compiled,
@@ -251,7 +250,8 @@ class HyperDualModule(nn.Module):
             traced_with=[],
             others=list(call.others),
             modes=modes_of(self.module, self.loss),
-            outside=outside_modes(program),
+            outside=outside_settings(program),
+            settings=plain_settings(self.module, *loss, *program.outside),
             run=self.lowering(compiled.final, dims is not None),
         )
 

@@ -69,10 +69,10 @@ def fewer_products_pay(forms: Forms, components: Components, x: Any, w: Any) -> 
     numbers = sum(known(size) or 0 for size in (x.primal.numel(), w.primal.numel(), forms.numbers))
     if (components.directions + len(components.pairs)) * numbers > MOST_SUMS or x.primal.device.type != "cpu":
         return False
-    return x.primal.dtype == torch.float64 or (x.primal.dtype == torch.float32 and _products_are_exact())
+    return x.primal.dtype == torch.float64 or (x.primal.dtype == torch.float32 and products_are_exact())
 
 
-def _products_are_exact() -> bool:
+def products_are_exact() -> bool:
     """Whether the factors of float32 products keep all their bits, as is usual."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
