@@ -105,7 +105,9 @@ class ReverseModeSemantics(TorchFunctionMode):
         self.has_denied = False
         self.asks_for_offset = False
         self._stopped_views: dict[int, tuple[Tensor, Tensor]] = {}  # by id: x.detach() or x.data, and x
-        self._shared: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = []  # x and y after x.data = y
+        self._shared: list[list[tuple[weakref.ref[Tensor], int]]] = []  # of one memory after x.data = y, with versions
+        self._moved: list[weakref.ref[Tensor]] = []  # x after x.data = y, which its earlier views are no part of
+        self._later_views: list[weakref.ref[Tensor]] = []  # views of those since then
         self._patches = ExitStack()
 
     def __enter__(self) -> ReverseModeSemantics:
@@ -127,6 +129,10 @@ class ReverseModeSemantics(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = self._call(func, args, kwargs or {})
         results = result if isinstance(result, (tuple, list)) else (result,)
+        if self._shared:
+            self._refuse_shared()
+        if self._moved:
+            self._later_views += [weakref.ref(t) for t in results if isinstance(t, Tensor) and self._is_moved(t._base)]
         if not mutates(func):  # which returns what it was given
             self.made += [weakref.ref(t) for t in results if isinstance(t, Tensor) and not _is_real(t)]
         return result
@@ -157,8 +163,6 @@ class ReverseModeSemantics(TorchFunctionMode):
             self._remember(args[0])
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             return self._set_data(*args)
-        if self._shared and mutates(func) and args and isinstance(args[0], Tensor):
-            self._refuse_shared(args[0])
         if func in _STOPS or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             stopped = ops.stop_gradient.default(args[0])
             self._stopped_views[id(stopped)] = (stopped, args[0])
@@ -179,6 +183,11 @@ class ReverseModeSemantics(TorchFunctionMode):
 
     def own(self, tensor: Tensor) -> Tensor:
         """What stands for the tensor in the run: another one for a foreign tensor that is known, itself otherwise."""
+        if self._moved and self._is_moved(tensor._base) and not any(ref() is tensor for ref in self._later_views):
+            raise UnsupportedOpError(
+                "the model assigns x.data = y, and then uses a view of x from before, which has the memory that x had: "
+                "a graph has none; make it a copy (.clone()) there"
+            )
         if id(tensor) in self.known:
             return self.known[id(tensor)]
         if _is_real(tensor):
@@ -239,9 +248,19 @@ class ReverseModeSemantics(TorchFunctionMode):
                 f"the model assigns to the data of a tensor of shape {tuple(target.shape)} and {target.dtype} a tensor "
                 f"of shape {tuple(value.shape)} and {value.dtype}: make a new tensor instead"
             )
-        self._shared.append((weakref.ref(self._owner(target)), weakref.ref(self._owner(value))))
+        if target._base is not None:
+            raise UnsupportedOpError("the model assigns to the data of a view: make a new tensor instead")
+        if id(value) in self._stopped_views and self._stopped_views[id(value)][1] is target:  # x.data = x.data
+            return
+        others = {i: (t, x) for i, (t, x) in self._stopped_views.items() if t is not target and x is not target}
+        self._stopped_views = others  # x.detach() from before has the memory that x had
         with torch.no_grad():
             self._assign(target, value)
+        self._later_views = [
+            ref for ref in self._later_views if (view := ref()) is not None and view._base is not target
+        ]
+        self._moved.append(weakref.ref(target))
+        self._share(target, value)
 
     def _owner(self, tensor: Tensor) -> Tensor:
         """The tensor whose memory it is, where it is a view or without derivative."""
@@ -249,11 +268,21 @@ class ReverseModeSemantics(TorchFunctionMode):
             tensor = self._stopped_views[id(tensor)][1]
         return tensor if tensor._base is None else self._owner(tensor._base)
 
-    def _refuse_shared(self, changed: Tensor) -> None:
-        owner = self._owner(changed)
-        for pair in self._shared:
-            one, other = (ref() for ref in pair)
-            if one is not None and other is not None and (owner is one or owner is other):
+    def _is_moved(self, x: Tensor | None) -> bool:
+        return x is not None and any(ref() is x for ref in self._moved)
+
+    def _share(self, target: Tensor, value: Tensor) -> None:
+        """From here on the target lies where the value does, and no longer where it did."""
+        groups = [[(ref, version) for ref, version in group if ref() is not target] for group in self._shared]
+        owner = self._owner(value)
+        joined = next((group for group in groups if any(ref() is owner for ref, _ in group)), [])
+        joined += [(weakref.ref(x), x._version) for x in (target, owner, value)]
+        self._shared = [group for group in groups if group is not joined] + [joined]
+
+    def _refuse_shared(self) -> None:
+        for group in self._shared:
+            tensors = {id(x): (x, version) for ref, version in group if (x := ref()) is not None}
+            if len(tensors) > 1 and any(x._version != version for x, version in tensors.values()):
                 raise UnsupportedOpError(
                     "the model assigns x.data = y, and then changes one of them in place, and with it the other: a "
                     "graph has no memory that they share; assign a copy (y.clone())"

@@ -307,6 +307,81 @@ def test_assigned_data_share_no_memory_in_a_graph(x, at):
         fomoh_fx.transform(f, wrt="inputs")(x, tangents=(torch.randn(1, 4, 5, dtype=torch.float64),))
 
 
+def _fills_the_value(y, x):
+    value = x.cos()
+    y.data = value
+    torch.sin(x, out=value)
+    return y
+
+
+def _clips_the_value(y, x):
+    value = -x.cos()
+    y.data = value
+    nn.functional.relu(value, inplace=True)
+    return y
+
+
+def _uses_a_view_from_before(y, x):
+    view = y[:2]
+    y.data = x.cos()
+    return view
+
+
+def _returns_a_view_from_before(y, x):
+    view = next(iter(y))
+    y.data = x.cos()
+    return view
+
+
+def _changes_a_view_from_before(y, x):
+    view = y[:2]
+    y.data = x.cos()
+    view.fill_(1.0)
+    return y
+
+
+def _assigns_to_a_view(y, x):
+    view = y[:2]
+    view.data = x.cos()[:2]
+    return y
+
+
+SHARED = [
+    _fills_the_value, _clips_the_value, _uses_a_view_from_before, _returns_a_view_from_before,
+    _changes_a_view_from_before, _assigns_to_a_view,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("frontend", list(frontends.FRONTENDS))
+@pytest.mark.parametrize("body", SHARED)
+def test_memory_that_assigned_data_leave_or_share_is_refused(x, body, frontend, monkeypatch):
+    monkeypatch.setattr(frontends, "FRONTENDS", {frontend: frontends.FRONTENDS[frontend]})
+    with pytest.raises(UnsupportedOpError, match=r"assigns"):
+        fomoh_fx.transform(lambda x: body(x * 2, x), wrt="inputs")(x, tangents=(torch.ones_like(x)[None],))
+
+
+@pytest.mark.parametrize("frontend", list(frontends.FRONTENDS))
+def test_assigned_data_leave_the_memory_to_what_was_detached_before(x, frontend, monkeypatch):
+    monkeypatch.setattr(frontends, "FRONTENDS", {frontend: frontends.FRONTENDS[frontend]})
+
+    def f(x):
+        one, other = x * 2, x.cos()
+        first, before = one.data, one.detach()
+        one.data, other.data = other.data, first
+        one.data = one.detach().clone() + 1
+        one.mul_(x)
+        before = before + one[:, :2].sum()
+        return (one * x).sum() + (other * before).sum()
+
+    def reference(x):
+        one = x * 2 + (x.cos() + 1 - x * 2).detach()
+        one = one * x
+        other = x.cos() + (x * 2 - x.cos()).detach()
+        return (one * x).sum() + (other * ((x * 2).detach() + one[:, :2].sum())).sum()
+
+    assert_like_reverse_mode(f, x, reference=reference)
+
+
 @pytest.mark.parametrize("frontend", list(frontends.FRONTENDS))
 def test_a_change_in_place_of_heads_that_are_a_view(x, frontend, monkeypatch):
     """What it becomes is laid out otherwise, so that the tensor behind it is no view of that."""
