@@ -43,11 +43,12 @@ def is_record(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] not in _NOT_A_MODELS
 
 
-def containers(module: nn.Module) -> Iterator[tuple[Keys, Any]]:
-    """The containers in a module's attributes, each once."""
-    seen: set[int] = set()
+def containers(module: nn.Module, seen: set[int] | None = None) -> Iterator[tuple[Keys, Any]]:
+    """The containers in a module's attributes, each once, but for those that were seen before."""
+    seen = set() if seen is None else seen
+    most = len(seen) + _MOST
     todo: list[tuple[Keys, Any]] = [((name,), value) for name, value in vars(module).items() if name not in STANDARD]
-    while todo and len(seen) < _MOST:
+    while todo and len(seen) < most:
         keys, value = todo.pop()
         inside = children(value)
         if inside is None or id(value) in seen:

@@ -25,7 +25,7 @@ from fomoh_fx.optim.record import StepRecord
 from fomoh_fx.optim.replay import Replay
 from fomoh_fx.optim.samplers import Stacks
 from fomoh_fx.optim.skipped import SkippedSteps
-from fomoh_fx.optim.snapshot import Buffers
+from fomoh_fx.optim.snapshot import State
 from fomoh_fx.optim.update import Update
 from fomoh_fx.seeds import selected_parameters
 from fomoh_fx.transform import Curvature, HyperDualModule
@@ -113,13 +113,13 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
         Returns:
             The loss before the step, 0-dim. Where it, a derivative, or what the step would lead to is not finite, the
-            parameters and buffers stay as they are and the step is counted in :attr:`skipped`.
+            parameters and the model's state stay as they are and the step is counted in :attr:`skipped`.
         """
         batch = self._batch(args, kwargs, targets)
         directions = self.directions.propose(self._trained(), batch)
-        buffers = Buffers(self.hd.module)
+        state = State(self.hd.module)
         looks_again = self.diagnostics or self.largest_rise is not None
-        replay = Replay(self.hd, batch, buffers) if looks_again else None
+        replay = Replay(self.hd, batch, state) if looks_again else None
         value = self.hd(*batch.args, tangents=directions, **batch.keywords)
         loss, kappa = scalar_of(value), self.coefficients(value)
         kappa = kappa * self._length  # of no dimensions, so it may lie on the CPU: nothing waits
@@ -127,7 +127,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         before = [p.clone() for p in self._trained().values()] if self.largest_rise is not None else []
         needed = [loss, value.tangent, kappa, *([] if value.cross is None else [value.cross])]
         moved, valid = self._move(directions, kappa, needed)
-        buffers.restore(unless=valid)
+        state.restore(unless=valid)
         record = self._record(value, kappa, valid)
         if replay is not None:
             record = replace(record, actual=replay.loss().double() - reference.double())

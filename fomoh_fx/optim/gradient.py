@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fomoh_fx.optim.directions import Batch, Directions
 from fomoh_fx.optim.samplers import Stacks, scaled, unit_scale
-from fomoh_fx.optim.snapshot import Buffers, RandomState
+from fomoh_fx.optim.snapshot import RandomState, State
 from fomoh_fx.transform import HyperDualModule
 
 
 class GradientDirections(Directions):
     """One direction: the gradient of the batch's loss, scaled to the norm sqrt(n) that random directions have.
 
-    The backward pass sees the random numbers that the evaluation after it draws, and leaves the buffers as they are.
+    The backward pass sees the random numbers that the evaluation after it draws, and leaves the state as it is.
     (Inductor draws other numbers than eager PyTorch, so with a compiled module dropout's masks differ.)
     """
 
@@ -25,13 +25,13 @@ class GradientDirections(Directions):
         self.hd = hd
 
     def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Stacks:
-        buffers, random = Buffers(self.hd.module), RandomState(self.hd.module)
+        state, random = State(self.hd.module), RandomState(self.hd.module)
         with random.replayed(), torch.enable_grad():
             loss = self.hd.model(*batch.args, **batch.kwargs)
             if self.hd.loss is not None:
                 loss = self.hd.loss(loss, *(batch.targets or ()))
             gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-        buffers.restore()
+        state.restore()
         found = {name: g.detach().unsqueeze(0) for name, g in zip(parameters, gradients, strict=True)}
         return scaled(found, unit_scale(found))
 

@@ -1,31 +1,77 @@
-"""What one evaluation of a model may change, so that it can be put back: the buffers and the random numbers."""
+"""What one evaluation of a model may change, so that it can be put back: its state and the random numbers."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fomoh_fx.capture import Input
+from fomoh_fx.capture.state import containers, is_record
 
-class Buffers:
-    """A module's buffers and tensor attributes, and copies: an evaluation changes one in place, or assigns another."""
+
+class State:
+    """A module's buffers and attributes, and what is in containers there: an evaluation assigns others.
+
+    Of buffers and tensor attributes there are copies, for those are changed in place, too. A tensor in a container has
+    none: it may be any part of the data.
+    """
 
     def __init__(self, module: nn.Module) -> None:
+        self._contents: dict[int, tuple[Any, Any]] = {}  # of a container, by its identity, and a copy of it
+        seen: set[int] = set()
+        for part in module.modules():
+            inside = [container for _, container in containers(part, seen)]
+            for holder in (vars(part), part._buffers, *inside):
+                holder = vars(holder) if is_record(holder) else holder
+                if not isinstance(holder, tuple):
+                    self._contents[id(holder)] = holder, _copied(holder)
         holders = [(m, holder) for m in module.modules() for holder in (m._buffers, vars(m))]
         places = [(m, holder, name, t) for m, holder in holders for name, t in holder.items() if isinstance(t, Tensor)]
-        copies = {id(tensor): tensor.clone() for *_, tensor in places}
-        self.kept = [(m, holder, name, t, copies[id(t)]) for m, holder, name, t in places]
+        self._copies = {id(tensor): tensor.clone() for *_, tensor in places}
+        self.kept = [(m, holder, name, t, self._copies[id(t)]) for m, holder, name, t in places]
 
     def restore(self, unless: Tensor | None = None) -> None:
-        """Put them back, or leave them where ``unless``, a 0-dim bool, is True."""
+        """Put everything back, or leave it where ``unless``, a 0-dim bool, is True."""
+        changed = [(holder, before) for holder, before in self._contents.values() if not _is_same(holder, before)]
+        if changed and (unless is None or not unless):
+            for holder, before in changed:
+                _fill(holder, before)
         for _, holder, name, tensor, kept in self.kept:
-            if holder.get(name) is not tensor:
-                if unless is None or not unless:
-                    holder[name] = tensor
-            elif torch._debug_has_internal_overlap(tensor) != 1:  # nothing changes an expanded one in place
+            if holder.get(name) is tensor and torch._debug_has_internal_overlap(tensor) != 1:  # nothing changes those
                 tensor.copy_(kept if unless is None else torch.where(unless.to(kept.device), tensor, kept))
+
+    def before(self, what: Input) -> Tensor | None:
+        """The tensor that an input of a graph was; None for what is no part of the state."""
+        if what.module is None or what.kind == "parameter" or id(vars(what.module)) not in self._contents:
+            return None
+        buffers, attributes = (self._contents[id(held)][1] for held in (what.module._buffers, vars(what.module)))
+        value = (buffers if what.attribute in buffers else attributes).get(what.attribute)
+        for key in what.inside:
+            value = vars(value) if is_record(value) else value
+            value = self._contents[id(value)][1][key] if id(value) in self._contents else value[key]
+        return self._copies.get(id(value), value)
+
+
+def _copied(holder: Any) -> Any:
+    return list(holder) if isinstance(holder, (list, deque)) else dict(holder)
+
+
+def _is_same(holder: Any, before: Any) -> bool:
+    if len(holder) != len(before):
+        return False
+    if isinstance(before, list):
+        return all(now is then for now, then in zip(holder, before, strict=True))
+    return all(name in holder and holder[name] is value for name, value in before.items())
+
+
+def _fill(holder: Any, before: Any) -> None:
+    holder.clear()
+    holder.extend(before) if isinstance(before, list) else holder.update(before)
 
 
 class RandomState:
