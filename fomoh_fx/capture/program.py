@@ -155,6 +155,11 @@ class Root(nn.Module):
         self.foreign = list(foreign)
         for i, tensor in enumerate(foreign):
             self.register_buffer(f"foreign_{i}", tensor)
+        self.own = self._own()
+
+    def _own(self) -> dict[str, Tensor]:
+        """The parameters and buffers by name; what stands for them, while a frontend runs this."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         with ExitStack() as stack:
@@ -162,6 +167,7 @@ class Root(nn.Module):
             assignments = Assignments(self)
             args, kwargs, targets = self.call.rebuild(constants.of(tensors))
             known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
+            known |= {id(self.own[name]): t for name, t in self._own().items() if name in self.own}  # in containers, too
             leaves = [tensors[i] for i in self.call.differentiated]
             semantics = self.observed.semantics = ReverseModeSemantics(known, self.observed.before, leaves)
             for context in (
