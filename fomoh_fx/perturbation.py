@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fomoh_fx.cache import Cache
 from fomoh_fx.capture import Call, Program, capture
@@ -76,6 +77,10 @@ class Guess:
     def whole(self) -> dict[str, Tensor]:
         """The gradients with their far parts: without bias."""
         return {name: g + self.far[name] if name in self.far else g for name, g in self.gradients.items()}
+
+
+for kind in (Fit, Guess):
+    pytree.register_dataclass(kind)
 
 
 @dataclass

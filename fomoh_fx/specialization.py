@@ -16,7 +16,10 @@ from fomoh_fx.capture.assignments import COMPUTED_FROM
 from fomoh_fx.capture.layouts import has_its_layouts
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.hyperdual import Components, HyperDual
-from fomoh_fx.passes.pipeline import Compiled
+from fomoh_fx.lower import Lowering
+from fomoh_fx.passes.eliminate import eliminate
+from fomoh_fx.passes.normalize import results_of
+from fomoh_fx.passes.pipeline import Compiled, copy_of
 from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.seeds import Seeds
 from fomoh_fx.signature import Signature, flags_of, kind_of, settings_of
@@ -39,7 +42,8 @@ class Specialization:
         modes: the training flags, autocast, and the like.
         outside: the flags and settings of the modules that a function refers to without owning them.
         settings: those of all modules that Dynamo can compare.
-        run: the final graph, or its lowered form.
+        lowering: from a graph, and whether it has dynamic dimensions, to what is called.
+        run: the final graph, lowered.
     """
 
     program: Program
@@ -54,7 +58,17 @@ class Specialization:
     modes: list[Any]
     outside: list[Any]
     settings: list[tuple[nn.Module, str, Any]]
+    lowering: Lowering
     run: Callable[..., Any]
+
+    @cached_property
+    def value(self) -> Callable[..., Any]:
+        """The captured graph with its first value alone, lowered; it draws what the model draws."""
+        module = copy_of(self.program.module)
+        (output,) = module.graph.find_nodes(op="output")
+        first = next(i for i, out in enumerate(self.program.outputs) if out.changes is None)
+        output.args = (results_of(module)[first],)
+        return self.lowering(eliminate(module), self.dims is not None)
 
     @property
     def stages(self) -> dict[str, fx.GraphModule]:
@@ -155,6 +169,18 @@ class Specialization:
         if part is not None or not (primal.is_floating_point() or primal.is_complex()):
             return part
         return torch.zeros(lead + primal.shape, dtype=primal.dtype, device=primal.device)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A specialisation with the tensors and the directions of one call."""
+
+    specialization: Specialization
+    tensors: Sequence[Tensor]
+    stacks: Sequence[Tensor]
+
+    def __call__(self) -> HyperDual:
+        return self.specialization(self.tensors, self.stacks)
 
 
 def outside_settings(program: Program) -> list[Any]:

@@ -25,7 +25,7 @@ from fomoh_fx.passes import pipeline
 from fomoh_fx.passes.data_sizes import ADVICE
 from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, positional_names, refuse_lazy, selected_parameters
 from fomoh_fx.signature import Signature, kind_of, modes_of, plain_settings, signature_of
-from fomoh_fx.specialization import Specialization, outside_settings
+from fomoh_fx.specialization import Evaluation, Specialization, outside_settings
 
 Curvature = Literal["hessian", "ggn"]
 
@@ -128,9 +128,14 @@ class HyperDualModule(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self._forward_under_dynamo(args, kwargs, tangents, targets)
+        return self.prepare(*args, tangents=tangents, targets=targets, **kwargs)()
+
+    def prepare(
+        self, *args: Any, tangents: Any = None, targets: Sequence[Any] | None = None, **kwargs: Any
+    ) -> Evaluation:
+        """What a call with these arguments evaluates, before it does; specialised if need be."""
         call, seeds = self._bind(args, kwargs, tangents, targets)
-        specialization = self._specialize(call, seeds)
-        return specialization(call.tensors, seeds.stacks)
+        return Evaluation(self._specialize(call, seeds), call.tensors, seeds.stacks)
 
     def _forward_under_dynamo(self, args: Any, kwargs: Any, tangents: Any, targets: Any) -> HyperDual:
         """What torch.compile(hd) traces: only what Dynamo can read, choosing among the specialisations that exist."""
@@ -252,6 +257,7 @@ class HyperDualModule(nn.Module):
             modes=modes_of(self.module, self.loss),
             outside=outside_settings(program),
             settings=plain_settings(self.module, *loss, *program.outside),
+            lowering=self.lowering,
             run=self.lowering(compiled.final, dims is not None),
         )
 

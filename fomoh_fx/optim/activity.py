@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.optim.directions import Batch, RandomDirections
-from fomoh_fx.optim.samplers import Stacks, dimension_of, norms, scaled, unit_scale
+from fomoh_fx.optim.program import Program
+from fomoh_fx.optim.samplers import Stacks, dimension_of, norms, scaled, signs, unit_scale
 from fomoh_fx.perturbation import ActivityGradient, Fit, Guess
 
 #: Directions that can be asked for, in this order.
@@ -44,6 +45,9 @@ class ActivityDirections(RandomDirections):
         eps: added to sqrt(v).
     """
 
+    remembers = ("_previous", "feedback", "averages", "squares", "far", "agreement", "guesses", "length")
+    settings = ("previous_step", "count", "betas", "eps")
+
     def __init__(
         self,
         gradient: ActivityGradient,
@@ -61,19 +65,37 @@ class ActivityDirections(RandomDirections):
         self.squares: Stacks = {}
         self.far: Stacks = {}
         self.agreement: Stacks = {}
-        self.guesses = 0
+        self.guesses = torch.zeros((), dtype=torch.float64)
         self.length = torch.zeros(())
+        self._follow = Program(self._followed, gradient.hd.lowering)
 
     def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Stacks:
         targets = batch.targets or ()
         guess = self.gradient(batch.args, batch.kwargs, targets, tuple(parameters), self._signs, self.feedback)
+        self._begin(parameters, guess)
+        return self._follow([self], parameters, guess)
+
+    def _begin(self, parameters: Mapping[str, Tensor], guess: Guess) -> None:
+        """Zeros where nothing is remembered yet."""
+        self.guesses = self.guesses.to(guess.loss.device, non_blocking=True)
+        for name, p in parameters.items():
+            for remembered in (self.averages, self.squares, self._previous):
+                remembered.setdefault(name, torch.zeros_like(p))
+        for name, far in guess.far.items():
+            self.far.setdefault(name, torch.zeros_like(far))
+            self.agreement.setdefault(name, far.new_zeros(2, dtype=torch.promote_types(far.dtype, torch.float32)))
+        for name, fit in guess.fits.items():
+            self.feedback.setdefault(name, torch.zeros_like(fit.cross))
+
+    def _followed(self, parameters: Mapping[str, Tensor], guess: Guess) -> Stacks:
+        """The directions, after one more guess."""
         self._average(parameters, guess)
         for name, fit in guess.fits.items():
-            self.feedback[name] = _corrected(self.feedback.get(name), fit)
+            self.feedback[name] = _corrected(self.feedback[name], fit)
         fresh = self._adapted({name: -self._newest(guess, name, p) for name, p in parameters.items()})
-        before = self._previous or fresh
-        averaged = self._adapted({name: -m - self._filtered(name, m) for name, m in self.averages.items()})
-        found = [averaged, {name: before.get(name, v) for name, v in fresh.items()}, fresh][: self.count]
+        before = {name: torch.where(self.guesses > 1, self._previous[name], v) for name, v in fresh.items()}
+        averaged = self._adapted({n: -self.averages[n] - self._filtered(n, p) for n, p in parameters.items()})
+        found = [averaged, before, fresh][: self.count]
         stacks = {name: torch.stack([direction[name] for direction in found]) for name in parameters}
         return scaled(stacks, unit_scale(stacks))
 
@@ -93,31 +115,27 @@ class ActivityDirections(RandomDirections):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.feedback, self.averages = dict(state["feedback"]), dict(state["averages"])
-        self.squares, self.guesses = dict(state["squares"]), state["guesses"]
+        self.squares, self.guesses = dict(state["squares"]), torch.as_tensor(state["guesses"], dtype=torch.float64)
         self.far, self.agreement = dict(state["far"]), dict(state["agreement"])
         self.length = state["length"]
 
     def _average(self, parameters: Mapping[str, Tensor], guess: Guess) -> None:
         """One more guess in the averages; one that is not finite counts as zero."""
-        self.guesses += 1
+        self.guesses = self.guesses + 1
         first, second = self.betas
         for name, far in guess.far.items():
             self._average_far(name, far.nan_to_num(0, 0, 0))
         for name, p in parameters.items():
             near = guess.gradients[name].nan_to_num(0, 0, 0) if name in guess.gradients else torch.zeros_like(p)
             g = self._newest(guess, name, p).nan_to_num(0, 0, 0)
-            m, v = self.averages.get(name, torch.zeros_like(p)), self.squares.get(name, torch.zeros_like(p))
-            self.averages[name] = torch.lerp(m, near, 1 - first)
-            self.squares[name] = torch.lerp(v, g * g, 1 - second)
+            self.averages[name] = torch.lerp(self.averages[name], near, 1 - first)
+            self.squares[name] = torch.lerp(self.squares[name], g * g, 1 - second)
 
     def _average_far(self, name: str, far: Tensor) -> None:
         """F, and two numbers: the slope of new guesses along the F of before, and their square."""
-        before, told = self.far.get(name), self.agreement.get(name)
-        wide = torch.promote_types(far.dtype, torch.float32)
-        if before is None or told is None:
-            before, told = torch.zeros_like(far), far.new_zeros(2, dtype=wide)
-        known = max(1 - FAR ** (self.guesses - 1), 1 - FAR)
-        now = torch.stack([(far.to(wide) * before).sum() / known, far.to(wide).square().sum()])
+        before, told = self.far[name], self.agreement[name]
+        known = (1 - FAR ** (self.guesses - 1)).clamp(min=1 - FAR).to(told)
+        now = torch.stack([(far.to(told) * before).sum() / known, far.to(told).square().sum()])
         self.agreement[name] = torch.lerp(told, now, 1 - FAR)
         self.far[name] = torch.lerp(before, far, 1 - FAR)
 
@@ -137,23 +155,23 @@ class ActivityDirections(RandomDirections):
         """What is known of the far part."""
         if name not in self.far:
             return torch.zeros_like(like)
-        return self._trusted(name).to(like) * self.far[name] / (1 - FAR**self.guesses)
+        return self._trusted(name).to(like) * self.far[name] / (1 - FAR**self.guesses).to(like)
 
     def _adapted(self, direction: Stacks) -> Stacks:
         """The direction in Adam's metric."""
         start = 1 - self.betas[1] ** self.guesses
-        return {name: v / ((self.squares[name] / start).sqrt() + self.eps) for name, v in direction.items()}
+        return {name: v / ((self.squares[name] / start.to(v)).sqrt() + self.eps) for name, v in direction.items()}
 
     def _signs(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        u = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
-        return u.bernoulli_(0.5, generator=self.generator(like.device)).mul_(2).sub_(1)
+        drawn = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+        return signs(drawn, self.generator(like.device))
 
 
-def _corrected(matrix: Tensor | None, fit: Fit) -> Tensor:
+def _corrected(matrix: Tensor, fit: Fit) -> Tensor:
     """B + R^T W Z (Z^T W Z + noise I)^-1, the mean of B given the residuals R = Z E^T + noise for an isotropic E."""
     gram = fit.gram.double()
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solution, _ = torch.linalg.solve_ex(gram + fit.noise * eye, fit.cross.double().T)
     change = solution.T.to(fit.cross)
     change = torch.where(change.isfinite().all(), change, 0)
-    return change if matrix is None else matrix + change
+    return matrix + change

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class AdaptiveSolver(ABC):
 
     damping: Tensor
     caution: str
+    remembers: ClassVar[Sequence[str]] = ("damping",)
+    settings: ClassVar[Sequence[str]] = ("least", "most")
 
     @abstractmethod
     def __call__(self, g: Tensor, h: Tensor) -> Tensor:
@@ -54,6 +56,7 @@ class LevenbergMarquardt(AdaptiveSolver):
     """
 
     caution = "damping"
+    settings = ("growth", "decay", "least", "most")
 
     def __init__(
         self, damping: float = 0.1, growth: float = 4.0, decay: float = 0.7, least: float = 1e-4, most: float = 1e4

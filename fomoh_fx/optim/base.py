@@ -11,22 +11,24 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fomoh_fx import lower
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.hyperdual import HyperDual, SecondOrder
 from fomoh_fx.optim.directions import Batch, Directions
+from fomoh_fx.optim.program import Program, is_own
 from fomoh_fx.optim.record import StepRecord
 from fomoh_fx.optim.replay import Replay
 from fomoh_fx.optim.samplers import Stacks
 from fomoh_fx.optim.skipped import SkippedSteps
 from fomoh_fx.optim.snapshot import State
-from fomoh_fx.optim.update import Update
+from fomoh_fx.optim.update import update
 from fomoh_fx.seeds import selected_parameters
 from fomoh_fx.transform import Curvature, HyperDualModule
 
@@ -38,6 +40,23 @@ class Options(TypedDict, total=False):
     weight_decay: float
     largest_rise: float | None
     diagnostics: bool
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a step did.
+
+    Its kappa [K]; whether it was valid; the change of every parameter by name, without weight decay; the parameters
+    before, where they may be needed.
+    """
+
+    kappa: Tensor
+    valid: Tensor
+    changes: Stacks
+    before: list[Tensor]
+
+
+pytree.register_dataclass(Moved)
 
 
 class ForwardOptimizer(torch.optim.Optimizer):
@@ -63,6 +82,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
     """
 
     second_order: ClassVar[SecondOrder]
+    remembers: ClassVar[Sequence[str]] = ("_length", "_refused")
+    settings: ClassVar[Sequence[str]] = ("largest_rise", "diagnostics")
     default_largest_rise: ClassVar[float | None] = 0.1
     last_step: StepRecord | None = None  #: the last step, with ``diagnostics=True``
 
@@ -78,7 +99,6 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self.directions = directions
         self.largest_rise = options.get("largest_rise", self.default_largest_rise)
         self.diagnostics = options.get("diagnostics", False)
-        self._update = Update(self.hd.lowering)
         self._skipped = SkippedSteps()
         self._refused = torch.zeros((), dtype=torch.int64)
         self._length = torch.ones((), dtype=torch.float64)
@@ -88,10 +108,15 @@ class ForwardOptimizer(torch.optim.Optimizer):
         if self.largest_rise is not None:
             at_least_zero("largest_rise", self.largest_rise)
         super().__init__(self._groups(options.get("params")), {"lr": lr, "weight_decay": weight_decay})
+        self._move, self._finish = (Program(part, self.hd.lowering) for part in (self._moved, self._finished))
 
     @abstractmethod
     def coefficients(self, value: HyperDual) -> Tensor:
         """kappa [K], from the loss with its components; non-finite where there is no step."""
+
+    def parts(self) -> list[Any]:
+        """What decides about a step: the optimizer itself, and the objects and functions that it asks."""
+        return [self, self.directions]
 
     def learn(self, record: StepRecord) -> None:
         """Adapt to what the step did; called after every step. Here: a shorter step after one that was taken back."""
@@ -117,28 +142,29 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """
         batch = self._batch(args, kwargs, targets)
         directions = self.directions.propose(self._trained(), batch)
-        state = State(self.hd.module)
+        evaluate = self.hd.prepare(*batch.args, tangents=directions, **batch.keywords)
+        state = State(self.hd, evaluate)
         looks_again = self.diagnostics or self.largest_rise is not None
-        replay = Replay(self.hd, batch, state) if looks_again else None
-        value = self.hd(*batch.args, tangents=directions, **batch.keywords)
-        loss, kappa = scalar_of(value), self.coefficients(value)
-        kappa = kappa * self._length  # of no dimensions, so it may lie on the CPU: nothing waits
-        reference = loss if replay is None or replay.is_alike else replay.loss()
-        before = [p.clone() for p in self._trained().values()] if self.largest_rise is not None else []
-        needed = [loss, value.tangent, kappa, *([] if value.cross is None else [value.cross])]
-        moved, valid = self._move(directions, kappa, needed)
-        state.restore(unless=valid)
-        record = self._record(value, kappa, valid)
-        if replay is not None:
-            record = replace(record, actual=replay.loss().double() - reference.double())
-        if self.largest_rise is not None:
-            record, moved = self._judge(record, before, moved)
-        self.learn(record)
-        self.directions.observe(directions, moved)
-        self._skipped.count(~valid)
+        replay = Replay(self.hd, evaluate, state) if looks_again else None
+        value = evaluate()
+        value = HyperDual(scalar_of(value), value.tangent, value.cross, components=value.components)
+        reference = value.primal if replay is None or replay.is_alike else replay.loss()
+        members = [(group, name, p) for group, name, p in self._members() if name in directions]
+        parameters, rates = {name: p for _, name, p in members}, [_number(group["lr"]) for group, _, _ in members]
+        decays = {
+            i: rates[i] * group["weight_decay"] for i, (group, _, _) in enumerate(members) if group["weight_decay"]
+        }
+        memories = [part for part in self.parts() if hasattr(part, "remembers")]
+        kappa = None if is_own(*self.parts()) else self._coefficients(value)
+        moved = self._move(memories if kappa is None else [], value, kappa, parameters, directions, rates, decays)
+        state.restore(unless=moved.valid)
+        actual = None if replay is None else replay.loss().double() - reference.double()
+        finish = self._finish if kappa is None else self._finish.eager
+        record = finish(memories, value, moved, _number(self.param_groups[0]["lr"]), actual, parameters, directions)
+        self._skipped.count(~moved.valid)
         if self.diagnostics:
             self.last_step = record
-        return loss
+        return value.primal
 
     def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Batch:
         if targets is None or self.hd.loss is None:
@@ -147,30 +173,65 @@ class ForwardOptimizer(torch.optim.Optimizer):
             raise ArgumentError(f"targets: expected a tuple of the loss's arguments, got {type(targets).__name__}")
         return Batch(args, kwargs, tuple(targets))
 
-    def _record(self, value: HyperDual, kappa: Tensor, valid: Tensor) -> StepRecord:
+    def _coefficients(self, value: HyperDual) -> Tensor:
+        """kappa, as short as it has to be after steps that were taken back."""
+        return self.coefficients(value) * self._length  # of no dimensions, so it may lie on the CPU: nothing waits
+
+    def _moved(
+        self,
+        value: HyperDual,
+        kappa: Tensor | None,
+        parameters: dict[str, Tensor],
+        directions: Stacks,
+        rates: Sequence[Tensor],
+        decays: Mapping[int, Tensor],
+    ) -> Moved:
+        """Solve for kappa, unless it is given, and step if that leads to finite parameters and all is finite."""
+        kappa = self._coefficients(value) if kappa is None else kappa
+        before = [p.clone() for p in parameters.values()] if self.largest_rise is not None else []
+        needed = [value.primal, value.tangent, kappa, *([] if value.cross is None else [value.cross])]
+        stacks = [directions[name] for name in parameters]
+        valid, *changes = update(list(parameters.values()), stacks, kappa, rates, decays, needed)
+        return Moved(kappa, valid, dict(zip(parameters, changes, strict=True)), before)
+
+    def _finished(
+        self,
+        value: HyperDual,
+        moved: Moved,
+        rate: Tensor,
+        actual: Tensor | None,
+        parameters: dict[str, Tensor],
+        directions: Stacks,
+    ) -> StepRecord | None:
+        """Take the step back where the loss rose too far, and learn from it."""
+        record = self._record(value, moved, rate, actual)
+        changes = moved.changes
+        if self.largest_rise is not None:
+            assert actual is not None
+            stays = actual <= self.largest_rise * record.loss.abs()  # False for NaN
+            refused = ~stays & moved.valid
+            record = replace(record, refused=refused)
+            self._refused = self._refused.to(stays.device) + refused
+            for p, old in zip(parameters.values(), moved.before, strict=True):
+                p.copy_(torch.where(stays.to(p.device), p, old))
+            changes = {name: torch.where(stays.to(v.device), v, 0) for name, v in changes.items()}
+        self.learn(record)
+        self.directions.observe(directions, changes)
+        return record if self.diagnostics else None
+
+    def _record(self, value: HyperDual, moved: Moved, rate: Tensor, actual: Tensor | None) -> StepRecord:
         curvature = None
         if value.cross is not None:
             curvature = value.hessian() if self.second_order == "plane" else value.cross
-        part = (self.param_groups[0]["lr"] * kappa).to(torch.float64)
         return StepRecord(
             loss=value.primal.double(),
             slopes=value.tangent.double(),
             curvature=None if curvature is None else curvature.double(),
-            part=part,
+            part=(rate * moved.kappa).to(torch.float64),
             damping=self.damping(),
-            skipped=~valid,
+            skipped=~moved.valid,
+            actual=actual,
         )
-
-    def _judge(self, record: StepRecord, before: Sequence[Tensor], moved: Stacks) -> tuple[StepRecord, Stacks]:
-        """Take the step back where the loss rose too far."""
-        assert record.actual is not None and self.largest_rise is not None
-        stays = record.actual <= self.largest_rise * record.loss.abs()  # False for NaN
-        refused = ~stays & ~record.skipped
-        self._refused = self._refused.to(refused.device) + refused
-        for p, old in zip(self._trained().values(), before, strict=True):
-            p.copy_(torch.where(stays.to(p.device), p, old))
-        kept = {name: torch.where(stays.to(v.device), v, 0) for name, v in moved.items()}
-        return replace(record, refused=refused), kept
 
     @property
     def skipped(self) -> int:
@@ -213,21 +274,6 @@ class ForwardOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 yield group, name, p
-
-    def _move(self, directions: Stacks, kappa: Tensor, needed: Sequence[Tensor]) -> tuple[Stacks, Tensor]:
-        """Step if it leads to finite parameters and all that is needed is finite, a 0-dim bool.
-
-        The change of every parameter leaves weight decay out.
-        """
-        members = [(group, name, p) for group, name, p in self._members() if name in directions]
-        rates = [torch.as_tensor(group["lr"], dtype=torch.float64) for group, _, _ in members]
-        decays = {
-            i: rates[i] * group["weight_decay"] for i, (group, _, _) in enumerate(members) if group["weight_decay"]
-        }
-        valid, *moved = self._update(
-            [p for *_, p in members], [directions[name] for _, name, _ in members], kappa, rates, decays, needed
-        )
-        return {name: change for (_, name, _), change in zip(members, moved, strict=True)}, valid
 
     def _groups(self, params: Iterable[Any] | None) -> list[dict[str, Any]]:
         chosen = list(self._selected().values() if params is None else params)
@@ -280,6 +326,10 @@ def scalar_of(value: HyperDual) -> Tensor:
         what = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ArgumentError(f"hd: the model returns {what}, which is no scalar loss; give transform a loss=")
     return loss
+
+
+def _number(rate: float | Tensor) -> Tensor:
+    return torch.as_tensor(rate, dtype=torch.float64)
 
 
 def at_least_zero(name: str, value: Any) -> None:

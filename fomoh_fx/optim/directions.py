@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class Batch:
 
 class Directions(ABC):
     """The source of an optimizer's directions."""
+
+    remembers: ClassVar[Sequence[str]] = ()  #: what :meth:`observe` reads and assigns
+    settings: ClassVar[Sequence[str]] = ()
 
     @abstractmethod
     def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Stacks:
@@ -58,6 +61,9 @@ class RandomDirections(Directions):
         previous_step: whether the step before is one of the K directions (at the first step all of them are random).
     """
 
+    remembers: ClassVar[Sequence[str]] = ("_previous",)
+    settings: ClassVar[Sequence[str]] = ("previous_step",)
+
     def __init__(
         self, count: int | None, sampler: str | Sampler, seed: int | None = None, previous_step: bool = False
     ) -> None:
@@ -79,6 +85,8 @@ class RandomDirections(Directions):
         for name, v in drawn.items():
             if name in self._previous:
                 v[-1].copy_(self._previous[name])
+            elif self.previous_step:
+                self._previous[name] = v[-1].clone()
         return drawn
 
     def observe(self, directions: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> None:

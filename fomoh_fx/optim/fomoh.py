@@ -26,6 +26,7 @@ class FoMoH(ForwardOptimizer):
     """
 
     second_order = "diagonal"
+    settings = (*ForwardOptimizer.settings, "eps")
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ class FoMoHBP(ForwardOptimizer):
     """
 
     second_order = "diagonal"
+    settings = (*ForwardOptimizer.settings, "eps")
 
     def __init__(
         self, hd: HyperDualModule, lr: float | Tensor = 0.1, *, eps: float = 1e-6, **options: Unpack[Options]

@@ -70,6 +70,9 @@ class FoMoHKD(PlaneSearch):
             drawn = RandomDirections(3 if directions is None else directions, sampler, seed, previous_step)
             super().__init__(hd, drawn, lr, solver or "jitter", **options)
 
+    def parts(self) -> list[Any]:
+        return [*super().parts(), *([] if self.length is None else [self.length])]
+
     def coefficients(self, value: HyperDual) -> Tensor:
         kappa = super().coefficients(value)
         if self.length is None or not isinstance(self.directions, ActivityDirections):

@@ -25,7 +25,9 @@ class GradientDirections(Directions):
         self.hd = hd
 
     def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Stacks:
-        state, random = State(self.hd.module), RandomState(self.hd.module)
+        one = {name: p.detach().unsqueeze(0) for name, p in parameters.items()}  # of the kind of the gradient
+        state = State(self.hd, self.hd.prepare(*batch.args, tangents=one, **batch.keywords))
+        random = RandomState(self.hd.module)
         with random.replayed(), torch.enable_grad():
             loss = self.hd.model(*batch.args, **batch.kwargs)
             if self.hd.loss is not None:

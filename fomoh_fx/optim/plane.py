@@ -28,6 +28,7 @@ class PlaneSearch(ForwardOptimizer):
     """
 
     second_order = "plane"
+    settings = (*ForwardOptimizer.settings, "solver")
 
     def __init__(
         self,
@@ -46,6 +47,9 @@ class PlaneSearch(ForwardOptimizer):
     def coefficients(self, value: HyperDual) -> Tensor:
         g, h = value.tangent.double(), value.hessian().double()
         return self.solver(g.nan_to_num(0, 0, 0), h.nan_to_num(0, 0, 0))  # a step that is not finite is skipped anyway
+
+    def parts(self) -> list[Any]:
+        return [*super().parts(), self.solver]
 
     def damping(self) -> Tensor | None:
         return self.solver.damping if isinstance(self.solver, AdaptiveSolver) else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True)
@@ -52,3 +53,6 @@ class StepRecord:
     def after(self) -> Tensor | None:
         """The loss after the step."""
         return None if self.actual is None else self.loss + self.actual
+
+
+pytree.register_dataclass(StepRecord)

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from fomoh_fx import lower
-from fomoh_fx.capture import Call
-from fomoh_fx.optim.directions import Batch
 from fomoh_fx.optim.snapshot import RandomState, State
 from fomoh_fx.passes.retrace import without_autocast
+from fomoh_fx.specialization import Evaluation
 from fomoh_fx.transform import HyperDualModule
 
 
@@ -19,21 +18,19 @@ class Replay:
     Where the evaluation was lowered by Inductor its random numbers are other ones: there two replays are compared.
     """
 
-    def __init__(self, hd: HyperDualModule, batch: Batch, state: State) -> None:
-        self.hd, self.batch, self.random, self.state = hd, batch, RandomState(hd.module), state
+    def __init__(self, hd: HyperDualModule, evaluation: Evaluation, state: State) -> None:
+        self.evaluation, self.random, self.state = evaluation, RandomState(hd.module), state
 
     @property
     def is_alike(self) -> bool:
         """Whether the evaluation drew the same numbers as its replay."""
-        return self.hd.lowering is lower.eager or not self.hd.latest.program.draws
+        evaluated = self.evaluation.specialization
+        return evaluated.lowering is lower.eager or not evaluated.program.draws
 
     @torch.no_grad()
     def loss(self) -> Tensor:
-        """The loss by the captured graph, with the parameters of now and the state of then."""
-        program = self.hd.latest.program
-        tensors = Call(self.batch.args, self.batch.kwargs, self.batch.targets or ()).tensors
-        kept = [self.state.before(what) for what in program.inputs]
-        then = [what.value(tensors) if b is None else b for what, b in zip(program.inputs, kept, strict=True)]
-        value = next(i for i, out in enumerate(program.outputs) if out.changes is None)
+        """The loss by the captured graph alone, with the parameters of now and the state of then."""
+        evaluated, tensors = self.evaluation.specialization, self.evaluation.tensors
+        then = [self.state.before(what, tensors) for what in evaluated.program.inputs]
         with self.random.replayed(), without_autocast():
-            return program.module(*then)[value]
+            return evaluated.value(*then)

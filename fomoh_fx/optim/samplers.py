@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def normal(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf)
 
 def rademacher(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf) -> Stacks:
     """Every element +1 or -1: of all independent elements, the ones whose estimates vary least, and the fastest."""
-    return _drawn(parameters, count, lambda v: _signs(v, generator(v.device)))
+    return _drawn(parameters, count, lambda v: signs(v, generator(v.device)))
 
 
 def sphere(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf) -> Stacks:
@@ -85,9 +86,6 @@ def low_rank(parameters: Mapping[str, Tensor], count: int, generator: GeneratorO
     return drawn
 
 
-#: The bits of each byte as signs.
-_SIGNS = (torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1) * 2 - 1
-
 SAMPLERS: dict[str, Sampler] = {
     "normal": normal,
     "rademacher": rademacher,
@@ -134,12 +132,18 @@ def _drawn(parameters: Mapping[str, Tensor], count: int, fill: Callable[[Tensor]
     return drawn
 
 
-def _signs(v: Tensor, generator: torch.Generator) -> Tensor:
-    """A random sign for each element: every random byte gives eight of them by a table."""
+def signs(v: Tensor, generator: torch.Generator) -> Tensor:
+    """A random sign for each element of ``v``: every random byte gives eight of them by a table."""
     words = torch.empty(-(-v.numel() // 32), dtype=torch.int32, device=v.device)
     octets = words.random_(-(2**31), 2**31, generator=generator).view(torch.uint8)
-    signs = _SIGNS.to(v).index_select(0, octets.int())
-    return signs.flatten()[: v.numel()].reshape(v.shape)
+    table = _signs_of_bytes(v.dtype, v.device)
+    return table.index_select(0, octets.int()).flatten()[: v.numel()].reshape(v.shape)
+
+
+@cache
+def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The bits of each byte as signs: [256, 8]."""
+    return ((torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1) * 2 - 1).to(device, dtype)
 
 
 def _fits(count: int, dimension: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,28 +12,29 @@ from torch import Tensor, nn
 
 from fomoh_fx.capture import Input
 from fomoh_fx.capture.state import containers, is_record
+from fomoh_fx.specialization import Evaluation
+from fomoh_fx.transform import HyperDualModule
 
 
 class State:
-    """A module's buffers and attributes, and what is in containers there: an evaluation assigns others.
+    """What an evaluation changes: the attributes of modules, what is in containers there, and tensors in place.
 
-    Of buffers and tensor attributes there are copies, for those are changed in place, too. A tensor in a container has
-    none: it may be any part of the data.
+    The modules are the model's, the loss's, and those that they refer to.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, hd: HyperDualModule, evaluation: Evaluation) -> None:
+        program = evaluation.specialization.program
         self._contents: dict[int, tuple[Any, Any]] = {}  # of a container, by its identity, and a copy of it
         seen: set[int] = set()
-        for part in module.modules():
+        roots = [root for root in (hd.model, hd.loss, *program.outside) if isinstance(root, nn.Module)]
+        for part in dict.fromkeys(part for root in roots for part in root.modules()):
             inside = [container for _, container in containers(part, seen)]
             for holder in (vars(part), part._buffers, *inside):
                 holder = vars(holder) if is_record(holder) else holder
                 if not isinstance(holder, tuple):
                     self._contents[id(holder)] = holder, _copied(holder)
-        holders = [(m, holder) for m in module.modules() for holder in (m._buffers, vars(m))]
-        places = [(m, holder, name, t) for m, holder in holders for name, t in holder.items() if isinstance(t, Tensor)]
-        self._copies = {id(tensor): tensor.clone() for *_, tensor in places}
-        self.kept = [(m, holder, name, t, self._copies[id(t)]) for m, holder, name, t in places]
+        changed = [program.inputs[i].value(evaluation.tensors) for i in program.changed]
+        self._copies = {id(x): (x, x.clone()) for x in changed}
 
     def restore(self, unless: Tensor | None = None) -> None:
         """Put everything back, or leave it where ``unless``, a 0-dim bool, is True."""
@@ -41,20 +42,20 @@ class State:
         if changed and (unless is None or not unless):
             for holder, before in changed:
                 _fill(holder, before)
-        for _, holder, name, tensor, kept in self.kept:
-            if holder.get(name) is tensor and torch._debug_has_internal_overlap(tensor) != 1:  # nothing changes those
-                tensor.copy_(kept if unless is None else torch.where(unless.to(kept.device), tensor, kept))
+        for x, kept in self._copies.values():
+            x.copy_(kept if unless is None else torch.where(unless.to(kept.device), x, kept))
 
-    def before(self, what: Input) -> Tensor | None:
-        """The tensor that an input of a graph was; None for what is no part of the state."""
-        if what.module is None or what.kind == "parameter" or id(vars(what.module)) not in self._contents:
-            return None
-        buffers, attributes = (self._contents[id(held)][1] for held in (what.module._buffers, vars(what.module)))
-        value = (buffers if what.attribute in buffers else attributes).get(what.attribute)
-        for key in what.inside:
-            value = vars(value) if is_record(value) else value
-            value = self._contents[id(value)][1][key] if id(value) in self._contents else value[key]
-        return self._copies.get(id(value), value)
+    def before(self, what: Input, arguments: Sequence[Tensor]) -> Tensor:
+        """The tensor that an input of a graph was."""
+        if what.module is None or what.kind in ("parameter", "argument"):
+            value = what.value(arguments)
+        else:
+            buffers, attributes = (self._contents[id(held)][1] for held in (what.module._buffers, vars(what.module)))
+            value = (buffers if what.attribute in buffers else attributes)[what.attribute]
+            for key in what.inside:
+                value = vars(value) if is_record(value) else value
+                value = self._contents[id(value)][1][key] if id(value) in self._contents else value[key]
+        return self._copies[id(value)][1] if id(value) in self._copies else value
 
 
 def _copied(holder: Any) -> Any:

@@ -21,6 +21,9 @@ class StepLength:
         least: the smallest ``best``; the largest is one.
     """
 
+    remembers = ("best", "curvature")
+    settings = ("rate", "least")
+
     def __init__(self, rate: float = 0.1, least: float = 1e-4) -> None:
         self.rate, self.least = rate, least
         self.best = torch.ones((), dtype=torch.float64)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fomoh_fx.optim.adaptive import AdaptiveSolver, quality
 
-#: Halvings of the interval that holds the damping: float64 has no more digits.
-HALVINGS = 64
+#: How often the interval that holds the damping is cut, and into how many parts: float64 has no more digits.
+CUTS, PARTS = 11, 64
 
 #: Relative to the largest, what counts as no curvature and no slope: the rounding of an evaluation in float32.
 ROUNDING = 1e-7
@@ -18,11 +18,11 @@ class TrustRegion(AdaptiveSolver):
     """The minimum of g . kappa + kappa^T H kappa / 2 over ||kappa|| <= radius (Sorensen 1982; More, Sorensen 1983).
 
     It is kappa = -(H + damping I)^-1 g with the least damping >= 0 that makes H + damping I positive semi-definite and
-    the step short enough, found by bisection; where g has no part along the lowest eigenvector of an indefinite H (a
-    saddle), that eigenvector fills the step up to the radius. Directions of norm sqrt(n) make the radius the root mean
-    square of the parameters' change. It shrinks to a quarter where the actual decrease of the loss is below a quarter
-    of the predicted one, and doubles where it is above three quarters and the step has reached it (Nocedal, Wright,
-    Numerical Optimization, algorithm 4.1). On CUDA the eigenvalues wait for the device.
+    the step short enough, found by cutting an interval; where g has no part along the lowest eigenvector of an
+    indefinite H (a saddle), that eigenvector fills the step up to the radius. Directions of norm sqrt(n) make the
+    radius the root mean square of the parameters' change. It shrinks to a quarter where the actual decrease of the
+    loss is below a quarter of the predicted one, and doubles where it is above three quarters and the step has reached
+    it (Nocedal, Wright, Numerical Optimization, algorithm 4.1). On CUDA the eigenvalues wait for the device.
 
     Args:
         radius: at the start.
@@ -30,6 +30,7 @@ class TrustRegion(AdaptiveSolver):
     """
 
     caution = "radius"
+    remembers = ("radius", "damping", "_reached")
 
     def __init__(self, radius: float = 0.1, least: float = 1e-12, most: float = 1e3) -> None:
         self.radius = torch.tensor(radius, dtype=torch.float64)
@@ -64,10 +65,11 @@ def _least_damping(values: Tensor, slopes: Tensor, radius: Tensor) -> Tensor:
     """The least that leaves no negative curvature and no step longer than the radius, from above."""
     low = (-values[0]).clamp(min=0)
     high = low + torch.linalg.vector_norm(slopes) / radius
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        long = torch.linalg.vector_norm(_step(values, slopes, middle)) > radius
-        low, high = torch.where(long, middle, low), torch.where(long, high, middle)
+    parts = torch.linspace(0, 1, PARTS + 1, dtype=values.dtype, device=values.device)
+    for _ in range(CUTS):
+        tried = torch.lerp(low, high, parts)
+        long = torch.linalg.vector_norm(_step(values, slopes, tried.unsqueeze(1)), dim=1) > radius
+        low, high = torch.where(long, tried, low).amax(), torch.where(long, high, tried).amin()
     return high
 
 

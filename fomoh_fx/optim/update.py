@@ -1,19 +1,11 @@
-"""Update: theta <- (1 - lr decay) theta + lr sum_i kappa_i v_i, where everything is finite, as one program."""
+"""Update: theta <- (1 - lr decay) theta + lr sum_i kappa_i v_i, where everything is finite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
-
-from fomoh_fx import lower
-
-#: A product of a row and a stack of directions is a sum that fuses with what follows it, where a program is lowered.
-_FUSIBLE = {torch.ops.aten.mm.default: lambda a, b: (a.unsqueeze(-1) * b).sum(-2)}
 
 
 def update(
@@ -51,24 +43,3 @@ def update(
 def all_finite(values: Sequence[Tensor]) -> Tensor:
     """Whether every element is finite: a 0-dim tensor on the first one's device."""
     return torch.stack([v.isfinite().all().to(values[0].device) for v in values]).all()
-
-
-class Update:
-    """:func:`update`, lowered as the evaluation is; traced once for parameters and directions of the same kind."""
-
-    def __init__(self, lowering: lower.Lowering) -> None:
-        self.lowering = lowering
-        self._programs: dict[Any, Callable[..., list[Tensor]]] = {}
-
-    def __call__(self, *arguments: Any) -> list[Tensor]:
-        if self.lowering is lower.eager:
-            return update(*arguments)
-        leaves, spec = pytree.tree_flatten(arguments)
-        key = spec, tuple((leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in leaves)
-        if key not in self._programs:
-
-            def flat(*leaves: Tensor) -> list[Tensor]:
-                return update(*pytree.tree_unflatten(leaves, spec))
-
-            self._programs[key] = self.lowering(make_fx(flat, _FUSIBLE, "fake")(*leaves), False)
-        return self._programs[key](*leaves)

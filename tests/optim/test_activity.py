@@ -146,6 +146,8 @@ def test_far_parts_are_trusted_as_far_as_they_agree():
     directions = ActivityDirections(ActivityGradient(fomoh_fx.transform(model, loss)), seed=0)
     torch.manual_seed(0)
     signal = torch.randn(50, 40)
+    for name in ("signal", "both", "noise"):
+        directions.far[name], directions.agreement[name] = torch.zeros(50, 40), torch.zeros(2)
     for _ in range(200):
         directions.guesses += 1
         directions._average_far("signal", signal)
@@ -164,7 +166,7 @@ def test_feedback_learns_what_the_output_tells():
     first = cosines(guessed(gradient, model, x, y).gradients, true)["0.weight"]
     for seed in range(20):
         guess = guessed(gradient, model, x, y, feedback, seed)
-        feedback = {name: _corrected(feedback.get(name), fit) for name, fit in guess.fits.items()}
+        feedback = {name: _corrected(feedback.get(name, 0), fit) for name, fit in guess.fits.items()}
     last = cosines(guess.gradients, true)["0.weight"]
     assert last > 0.99 > first
 

@@ -88,3 +88,63 @@ def test_a_step_is_judged_by_what_it_was_before():
         other.load_state_dict(model.state_dict())
         after = loss(other(X), torch.ones(3)).detach()
         torch.testing.assert_close(optimizer.last_step.actual, after - before)
+
+
+class CountingLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()).double())
+
+    def forward(self, output, scale):
+        self.calls.add_(1)
+        return loss(output, scale)
+
+
+class Hiding(nn.Module):
+    """Its state is a tensor in a list, changed in place, and a module that is no submodule."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.calls, self.norm = [torch.zeros(()).double()], [nn.BatchNorm1d(3).double()]
+
+    def forward(self, x):
+        self.calls[0].add_(1)
+        return self.norm[0](self.layer(x))
+
+
+@pytest.mark.parametrize("optimizer, options", [(FoMoH, {"directions": 2}), (FoMoHBP, {})])
+@pytest.mark.parametrize("model", [lambda: nn.Linear(3, 3), Hiding])
+def test_so_is_state_of_the_loss_and_what_is_changed_in_place(optimizer, options, model):
+    torch.manual_seed(0)
+    model, counted = model().double(), CountingLoss()
+    opt = optimizer(fomoh_fx.transform(model, counted, second_order="diagonal"), lr=0.1, **options)
+    counts = [counted.calls, *([model.calls[0], model.norm[0].num_batches_tracked] if hasattr(model, "calls") else [])]
+    opt.step(X, targets=(torch.ones(3),))
+    assert [int(count) for count in counts] == [1] * len(counts)
+    with pytest.warns(UserWarning, match="skipped"):
+        opt.step(X, targets=(torch.tensor([1, torch.inf, 1]),))
+    assert [int(count) for count in counts] == [1] * len(counts)
+
+
+def test_a_buffer_that_is_in_a_container_too_is_judged_as_it_was():
+    class Averaging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.register_buffer("mean", torch.zeros(3))
+            self.kept = {"mean": self.mean}
+
+        def forward(self, x):
+            y = self.layer(x) + self.kept["mean"]
+            self.mean.mul_(0.9).add_(y.detach().mean(0))
+            return y
+
+    model = Averaging().double()
+    model.kept = {"mean": model.mean}
+    hd = fomoh_fx.transform(model, loss, second_order="diagonal")
+    opt = FoMoH(hd, lr=1e-9, directions=2, diagnostics=True, largest_rise=None)
+    for _ in range(2):
+        opt.step(X, targets=(torch.ones(3),))
+        assert abs(float(opt.last_step.actual)) < 1e-6
+    assert [what.name for what in hd.latest.program.inputs if what.kind == "buffer"] == ["mean"]

@@ -1,4 +1,4 @@
-"""The update as a program of its own."""
+"""The update as a program."""
 
 import math
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fomoh_fx import lower
-from fomoh_fx.optim.update import Update
+from fomoh_fx.optim.program import Program
+from fomoh_fx.optim.update import update
 
 
 def problem(dtype=torch.float64):
@@ -30,8 +31,8 @@ def recording(graphs):
 def test_parameters_move_by_the_formula(dtype, lowered):
     parameters, directions, kappa, rates, decays, needed = problem(dtype)
     before = [p.double().clone() for p in parameters]
-    program = Update(recording([]) if lowered else lower.eager)
-    valid, *moved = program(parameters, directions, kappa, rates, decays, needed)
+    program = Program(update, recording([]) if lowered else lower.eager)
+    valid, *moved = program([], parameters, directions, kappa, rates, decays, needed)
     assert valid
     tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 3e-2}[dtype]
     for i, (p, old, v, rate, change) in enumerate(zip(parameters, before, directions, rates, moved, strict=True)):
@@ -48,8 +49,8 @@ def test_nothing_moves_where_something_is_not_finite(what, lowered):
     parameters, directions, kappa, rates, decays, needed = problem()
     before = [p.clone() for p in parameters]
     {"needed": needed[0], "direction": directions[2], "kappa": kappa}[what][0] = math.nan
-    valid, *moved = Update(recording([]) if lowered else lower.eager)(
-        parameters, directions, kappa, rates, decays, needed
+    valid, *moved = Program(update, recording([]) if lowered else lower.eager)(
+        [], parameters, directions, kappa, rates, decays, needed
     )
     assert not valid
     assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
@@ -58,12 +59,12 @@ def test_nothing_moves_where_something_is_not_finite(what, lowered):
 
 def test_another_rate_is_the_same_program():
     graphs = []
-    program = Update(recording(graphs))
+    program = Program(update, recording(graphs))
     for rate in (0.1, 0.2):
         parameters, directions, kappa, rates, decays, needed = problem()
         before = [p.clone() for p in parameters]
         rates = [torch.tensor(rate, dtype=torch.float64)] * 3
-        _, *moved = program(parameters, directions, kappa, rates, {}, needed)
+        _, *moved = program([], parameters, directions, kappa, rates, {}, needed)
         for p, old, v, change in zip(parameters, before, directions, moved, strict=True):
             torch.testing.assert_close(change, rate * torch.tensordot(kappa, v, 1))
             torch.testing.assert_close(p, old + change)
