@@ -137,9 +137,20 @@ def _cases(*cases: str) -> str:
     return f"Piecewise({', '.join(f'({c})' for c in (*conditional, f'{last}, True'))})"
 
 
-#: Power series where closed forms cancel or divide by zero: sin(pi x)/(pi x), and I_2(x)/x of the Bessel functions.
-_SINC = " + ".join(f"(-1)**{k}*(pi*x)**{2 * k}/factorial({2 * k + 1})" for k in range(9))
-_BESSEL = " + ".join(f"x**{2 * k + 1}/(4**{k + 1}*factorial({k})*factorial({k + 2}))" for k in range(9))
+def _sinc(argument: str, terms: int) -> str:
+    """sin(z)/z as a power series."""
+    return " + ".join(f"(-1)**{k}*({argument})**{2 * k}/factorial({2 * k + 1})" for k in range(terms))
+
+
+def _bessel(sign: int) -> str:
+    """I_2(x)/x, or J_2(x)/x where the sign is -1, as a power series."""
+    return " + ".join(f"({sign})**{k}*x**{2 * k + 1}/(4**{k + 1}*factorial({k})*factorial({k + 2}))" for k in range(9))
+
+
+#: Power series where closed forms cancel or divide by zero.
+_SINC, _SPHERICAL, _I2, _J2 = _sinc("pi*x", 9), _sinc("x", 10), _bessel(1), _bessel(-1)
+#: The value of a function with a pole at zero, in a sum that another term decides there: infinite, not undefined.
+_OFF_POLE = _cases("0, Eq(x, 0)", "y")
 
 ROWS: dict[Any, str | Formula] = {
     # powers, exponentials, logarithms
@@ -201,17 +212,58 @@ ROWS: dict[Any, str | Formula] = {
     aten.lgamma.default: "lgamma(x)",
     aten.digamma.default: "polygamma(0, x)",
     aten.polygamma.default: Formula("polygamma(x, w)", (None, "polygamma(x + 1, w)")),
-    aten.i0.default: "i0(x)",
+    (aten.i0.default, aten.special_modified_bessel_i0.default): Formula(
+        "i0(x)", None, (_cases("1/2, Eq(x, 0)", "y - dx/x"),)
+    ),
     aten.special_i0e.default: "i0e(x)",
-    aten.special_i1.default: Formula(
+    (aten.special_i1.default, aten.special_modified_bessel_i1.default): Formula(
         "",
         (_cases("1/2, Eq(x, 0)", "i0(x) - y/x"),),
-        ("y - " + _cases(f"horner({_BESSEL}), Abs(x) < 1", "(dx - y/x)/x"),),
+        ("y - " + _cases(f"horner({_I2}), Abs(x) < 1", "(dx - y/x)/x"),),
     ),
     aten.special_i1e.default: Formula(
         "",
         (_cases("1/2, Eq(x, 0)", "i0e(x) - y*(sign(x) + 1/x)"),),
-        ("-2*sign(x)*dx - " + _cases(f"exp(-Abs(x))*horner({_BESSEL}), Abs(x) < 1", "(dx + sign(x)*y - y/x)/x"),),
+        ("-2*sign(x)*dx - " + _cases(f"exp(-Abs(x))*horner({_I2}), Abs(x) < 1", "(dx + sign(x)*y - y/x)/x"),),
+    ),
+    aten.special_bessel_j0.default: Formula("bessel_j0(x)", None, (_cases("-1/2, Eq(x, 0)", "-y - dx/x"),)),
+    aten.special_bessel_j1.default: Formula(
+        "bessel_j1(x)", None, (_cases(f"horner({_J2}), Abs(x) < 1", "(y/x - dx)/x") + " - y",)
+    ),
+    aten.special_bessel_y0.default: Formula("", ("-bessel_y1(x)",), (f"-dx/x - {_OFF_POLE}",)),
+    aten.special_bessel_y1.default: Formula(
+        "", (_cases("0, Eq(x, 0)", "bessel_y0(x)") + " - y/x",), (f"(y/x - dx)/x - {_OFF_POLE}",)
+    ),
+    aten.special_modified_bessel_k0.default: Formula("", ("-k1(x)",), ("y - dx/x",)),
+    aten.special_modified_bessel_k1.default: Formula("", ("-k0(x) - y/x",), ("(y/x - dx)/x + y",)),
+    # large terms cancel where x is large: integrals have the differences
+    aten.special_scaled_modified_bessel_k0.default: Formula(
+        "",
+        (_cases(f"{_OFF_POLE} - k1e(x), x < 3/2", "-k_moment(1, x)"),),
+        (_cases("2*y + (1/x - 2)*k1e(x), x < 3/2", "k_moment(2, x)"),),
+    ),
+    aten.special_scaled_modified_bessel_k1.default: Formula(
+        "",
+        (_cases("(1 - 1/x)*y - k0e(x), x < 3/2", "-k_moment(1, x) - k_moment(2, x)"),),
+        (_cases("(2 - 1/x)*dx + (1 + 1/x)*y/x, x < 3/2", "k_moment(2, x) + k_moment(3, x)"),),
+    ),
+    aten.special_spherical_bessel_j0.default: Formula(
+        "",
+        (_cases(f"horner(diff({_SPHERICAL}, x)), Abs(x) < 1", "(cos(x) - y)/x"),),
+        (_cases(f"horner(diff({_SPHERICAL}, x, 2)), Abs(x) < 1", "-y - 2*dx/x"),),
+    ),
+    # polynomials, whose degree is whole: its fraction is cut off
+    (
+        aten.special_hermite_polynomial_h.default, aten.special_hermite_polynomial_h.x_scalar,
+        aten.special_hermite_polynomial_h.n_scalar,
+    ): Formula(
+        "", ("2*floor(w)*hermite_h(x, w - 1)", "0"), ("4*floor(w)*(floor(w) - 1)*hermite_h(x, w - 2)", "0", "0")
+    ),
+    (
+        aten.special_hermite_polynomial_he.default, aten.special_hermite_polynomial_he.x_scalar,
+        aten.special_hermite_polynomial_he.n_scalar,
+    ): Formula(
+        "", ("floor(w)*hermite_he(x, w - 1)", "0"), ("floor(w)*(floor(w) - 1)*hermite_he(x, w - 2)", "0", "0")
     ),
     aten.igamma.default: Formula("", (None, "exp((x - 1)*log(w) - w - lgamma(x))")),
     aten.igammac.default: Formula("", (None, "-exp((x - 1)*log(w) - w - lgamma(x))")),

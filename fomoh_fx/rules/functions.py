@@ -61,8 +61,24 @@ def _inverse(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0.0, 1 / x)
 
 
+def _floor(x: Any) -> Any:
+    """floor, of a Python number as well."""
+    return torch.floor(x) if isinstance(x, Tensor) else x // 1
+
+
 def _polygamma(order: Any, x: Tensor) -> Tensor:
     return torch.special.polygamma(int(order), x)
+
+
+def _k_moment(order: Any, x: Tensor) -> Tensor:
+    """The integral of (cosh t - 1)^order exp(-x (cosh t - 1)) over t > 0, of Bessel's K, for x >= 3/2 and order >= 1.
+
+    The trapezoidal rule in s = sqrt(2 x) sinh(t/2), where the integrand is exp(-s^2) times a smooth function: no term
+    cancels another, and 26 of them give double precision.
+    """
+    squares = (0.25 * torch.arange(1, 27, dtype=x.dtype, device=x.device)).square()
+    terms = 0.5 * torch.exp(-squares) * squares**order * torch.rsqrt(2 * x.unsqueeze(-1) + squares)
+    return terms.sum(-1) / x**order
 
 
 def _quotient(rounding: str) -> Callable[[Any, Any], Any]:
@@ -82,6 +98,23 @@ NAMED: dict[str, Named] = {
     "i1": Named(("Piecewise((1/2, Eq(x, 0)), (i0(x) - y/x, True))",), torch.special.i1),
     "i0e": Named(("i1e(x) - sign(x)*y",), torch.special.i0e),
     "i1e": Named(("Piecewise((1/2, Eq(x, 0)), (i0e(x) - y*(sign(x) + 1/x), True))",), torch.special.i1e),
+    "bessel_j0": Named(("-bessel_j1(x)",), torch.special.bessel_j0),
+    "bessel_j1": Named(("Piecewise((1/2, Eq(x, 0)), (bessel_j0(x) - y/x, True))",), torch.special.bessel_j1),
+    "bessel_y0": Named(("-bessel_y1(x)",), torch.special.bessel_y0),
+    "bessel_y1": Named(("bessel_y0(x) - y/x",), torch.special.bessel_y1),
+    "k0": Named(("-k1(x)",), torch.special.modified_bessel_k0),
+    "k1": Named(("-k0(x) - y/x",), torch.special.modified_bessel_k1),
+    "k0e": Named(
+        ("Piecewise((y - k1e(x), x < 3/2), (-k_moment(1, x), True))",), torch.special.scaled_modified_bessel_k0
+    ),
+    "k1e": Named(
+        ("Piecewise(((1 - 1/x)*y - k0e(x), x < 3/2), (-k_moment(1, x) - k_moment(2, x), True))",),
+        torch.special.scaled_modified_bessel_k1,
+    ),
+    "k_moment": Named(("0", "-k_moment(x + 1, w)"), _k_moment),
+    "floor": Named(("0",), _floor),
+    "hermite_h": Named(("2*floor(w)*hermite_h(x, w - 1)", "0"), torch.special.hermite_polynomial_h),
+    "hermite_he": Named(("floor(w)*hermite_he(x, w - 1)", "0"), torch.special.hermite_polynomial_he),
     "truncated_quotient": Named(("0", "0"), _quotient("trunc")),
     "floored_quotient": Named(("0", "0"), _quotient("floor")),
     # 1/x, and zero at zero, where the angle of a point has no derivative
@@ -119,6 +152,8 @@ def _symbolic(name: str, derivatives: tuple[str | None, ...]) -> type[sympy.Func
     methods: dict[str, Any] = {"fdiff": fdiff}
     if name in ("power", "monomial"):
         methods["eval"] = classmethod(_numbers_are_powers)
+    if name == "floor":
+        methods["eval"] = classmethod(lambda cls, x: sympy.floor(x) if x.is_number else None)
     return type(name, (sympy.Function,), methods)
 
 
