@@ -61,9 +61,8 @@ def _in_plane(spatial: int) -> Callable[..., Tensor]:
     """Gather at positions that count through the last ``spatial`` dimensions (pooling)."""
 
     def select(part: Tensor, values: Tensor, indices: Tensor, *_: Any) -> Tensor:
-        lead = values.shape[: values.ndim - spatial]
-        where = over_stack(indices.reshape(*lead, -1), part.shape[0])
-        return part.reshape(part.shape[0], *lead, -1).gather(-1, where).reshape(part.shape[0], *values.shape)
+        where = over_stack(indices.flatten(-spatial), part.shape[0])
+        return part.flatten(-spatial).gather(-1, where).reshape(part.shape[0], *values.shape)
 
     return select
 

@@ -43,7 +43,11 @@ POOLS = {
         Sample((TIED.reshape(1, 1, 2, 4), [2, 2]), name="ties"),
         Sample((r(1, 4, 4, 2).permute(0, 3, 1, 2), [2, 2]), name="channels last"),
     ],
-    aten.max_pool3d_with_indices.default: [Sample((r(1, 1, 2, 4, 2), [2, 2, 1])), Sample((r(1, 2, 2, 2), [2, 1, 2]))],
+    aten.max_pool3d_with_indices.default: [
+        Sample((r(1, 1, 2, 4, 2), [2, 2, 1])),
+        Sample((r(1, 2, 2, 2), [2, 1, 2])),
+        Sample((r(0, 1, 2, 2, 2), [2, 2, 2]), name="empty"),
+    ],
     aten.adaptive_max_pool2d.default: [Sample((r(2, 1, 4, 3), [2, 2])), Sample((r(1, 4, 3), [2, 1]))],
     aten.adaptive_max_pool3d.default: [Sample((r(1, 1, 2, 4, 3), [1, 2, 2])), Sample((r(1, 2, 2, 2), [1, 2, 1]))],
     aten.fractional_max_pool2d.default: [Sample((r(1, 1, 5, 5), [2, 2], [2, 3], FRACTIONS), active=[0])],
