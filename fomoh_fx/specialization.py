@@ -146,7 +146,7 @@ class Specialization:
                 assigned.append(dual.primal)
             else:
                 what.apply(dual.primal, tensors)
-        self.program.assign(assigned)
+        self.program.assign(assigned, tensors)
         rebuild = self.program.structure.rebuild
         primal = rebuild([v.primal for v in values])
         asked = values[:1] if self.with_loss else values
@@ -200,7 +200,7 @@ def is_as_captured(program: Program, outside: list[Any], tensors: Sequence[Tenso
                 return False
             if (now.shape, now.dtype, now.device) != (traced.shape, traced.dtype, traced.device):
                 return False
-    if not has_its_layouts(program, tensors):
+    if not program.has_its_ties() or not has_its_layouts(program, tensors):
         return False
     return all(_is_equal(what.value(tensors), value) for what, value in program.constants)
 

@@ -8,7 +8,7 @@ assigns them, as the model itself would.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -31,10 +31,29 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith("_forward_"
 
 
 @dataclass
+class Same:
+    """A leaf that is a tensor from before the run: a parameter, a buffer, an argument, or ``x.detach()`` of one.
+
+    ``name`` is what the root calls it; ``value`` finds it for a call, given the call's arguments.
+    """
+
+    name: str
+    is_detached: bool = False
+    value: Callable[[Sequence[Tensor]], Tensor] | None = None
+
+    def of(self, arguments: Sequence[Tensor]) -> Tensor:
+        """The tensor itself, or another one with its memory, as in the model."""
+        assert self.value is not None
+        tensor = self.value(arguments)
+        return tensor.detach() if self.is_detached else tensor
+
+
+@dataclass
 class Assignment:
     """One thing that a run assigns: a value at a key, nothing there any more, or all that is in a list.
 
-    ``leaves`` are the leaves of the value, None for those that are tensors; ``tensors`` are those of the run.
+    ``leaves`` are the leaves of the value, None for tensors that the run computes; ``tensors`` are those, and
+    ``numbers`` tell which of them are one, among all that the run assigns.
     """
 
     path: str | None
@@ -43,6 +62,7 @@ class Assignment:
     leaves: list[Any] = field(default_factory=list)
     spec: Any = None
     tensors: list[Tensor] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     is_new: bool = False
     module: nn.Module | None = None
     computed_from: list[str | None] = field(default_factory=list)
@@ -55,23 +75,29 @@ class Assignment:
     @property
     def is_tensor(self) -> bool:
         """Whether it is one tensor for an attribute of a module."""
-        return self.kind == "set" and len(self.keys) == 1 and self.leaves == [None]
+        is_one = len(self.leaves) == 1 and (self.leaves[0] is None or isinstance(self.leaves[0], Same))
+        return self.kind == "set" and len(self.keys) == 1 and is_one and self.spec.is_leaf()
 
     @property
     def count(self) -> int:
         """How many tensors it takes."""
-        return self.leaves.count(None)
+        return sum(leaf is None for leaf in self.leaves)
 
-    def apply(self, tensors: Sequence[Tensor]) -> None:
-        """Assign the value with these tensors."""
-        assert self.module is not None
+    def filled(self, tensors: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Any]:
+        """The leaves of the value for a call that has computed these tensors from these arguments."""
         for tensor, source in zip(tensors, self.computed_from, strict=True):
             if source is not None:
                 COMPUTED_FROM[tensor] = source
         new = iter(tensors)
-        value: Any = None
-        if self.spec is not None:
-            value = pytree.tree_unflatten([next(new) if leaf is None else leaf[0] for leaf in self.leaves], self.spec)
+        return [
+            next(new) if leaf is None else leaf.of(arguments) if isinstance(leaf, Same) else leaf[0]
+            for leaf in self.leaves
+        ]
+
+    def apply(self, leaves: Sequence[Any]) -> None:
+        """Assign the value with these leaves."""
+        assert self.module is not None
+        value = None if self.spec is None else pytree.tree_unflatten(leaves, self.spec)
         if self.kind == "contents":
             _fill(follow(self.module, self.keys), value)
             return
@@ -111,11 +137,13 @@ class Assignments:
     Attributes:
         made: what was assigned.
         numbers: what was changed in containers without tensors.
+        same: for a tensor from before the run, or what stands for it meanwhile, what it is.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.made: list[Assignment] = []
         self.numbers: list[ChangedNumbers] = []
+        self.same: Callable[[Tensor], Same | None] = lambda tensor: None
         self._watched: list[_Watched] = []
         self._parameters: list[tuple[nn.Module, dict[str, Any]]] = []
         self._containers: set[int] = set()
@@ -214,10 +242,36 @@ class Assignments:
         put(before)
 
     def _taken_out(self, path: str | None, keys: Keys, kind: Any, value: Any, is_new: bool) -> Assignment:
-        leaves, spec = pytree.tree_flatten(value, is_leaf=lambda x: x is not value and id(x) in self._containers)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-        return Assignment(path, keys, kind, others, spec, tensors, is_new)
+        values, spec = self._flat(value)
+        leaves = [self.same(leaf) if isinstance(leaf, Tensor) else (leaf,) for leaf in values]
+        tensors = [value for value, leaf in zip(values, leaves, strict=True) if leaf is None]
+        return Assignment(path, keys, kind, leaves, spec, tensors, is_new=is_new)
+
+    def _flat(self, value: Any) -> tuple[list[Any], Any]:
+        """The leaves and their structure; containers that are watched themselves are leaves."""
+        return pytree.tree_flatten(value, is_leaf=lambda x: x is not value and id(x) in self._containers)
+
+    def is_as_before(self, made: Assignment, module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether what is assigned is there already: the weights that an LSTM lists, after ``self.x += 1``, too.
+
+        ``tensors`` are those from before the run, by their names.
+        """
+        try:
+            before, spec = self._flat(follow(module, made.keys))
+        except (AttributeError, LookupError):
+            return False
+        if made.kind == "delete" or spec != made.spec:
+            return False
+        return all(_is_one(leaf, value, tensors) for leaf, value in zip(made.leaves, before, strict=True))
+
+
+def _is_one(leaf: Any, before: Any, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a leaf of what is assigned is the value from before."""
+    if leaf is None:
+        return False
+    if isinstance(leaf, Same):
+        return not leaf.is_detached and tensors.get(leaf.name, _MISSING) is before
+    return leaf[0] is before or (type(leaf[0]) is type(before) in (*_NUMBERS, *_FLAGS) and leaf[0] == before)
 
 
 def _is_there(watched: _Watched) -> bool:

@@ -28,7 +28,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fomoh_fx.capture.assignments import COMPUTED_FROM, remembered
+from fomoh_fx.capture.assignments import COMPUTED_FROM, Same, remembered
 from fomoh_fx.capture.constants import argument, candidates, fewer, is_flag
 from fomoh_fx.capture.constructors import constructors_recorded
 from fomoh_fx.capture.counters import refuse_counted
@@ -40,7 +40,7 @@ from fomoh_fx.capture.leaks import refuse_kept
 from fomoh_fx.capture.literals import known_literals
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
-from fomoh_fx.capture.state import STANDARD, Keys, children, place_of, replaced, structure, written
+from fomoh_fx.capture.state import STANDARD, Keys, children, place_of, places, replaced, structure, written
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
 from fomoh_fx.passes.activity import analyse, ancestors, carries_derivative
 from fomoh_fx.passes.data_sizes import ADVICE, DECIDED_BY_DATA, has_sizes_from_data
@@ -246,13 +246,14 @@ def _by_some_frontend(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         refuse_overlaps(program, [what.value(root.call.tensors) for what in program.inputs])
         assert root.observed.semantics is not None
         note_layouts(program, root.call.tensors, root.observed.semantics.asks_for_offset)
-        _note_assignments(program, root)
+        _note_assignments(program, root, names)
+        program.ties = _ties(program, root)
         return program
     kind, lines = (_DecidedByData, [*refused, ADVICE]) if decided_by_data else (CaptureError, refused)
     return kind("\n  ".join(["model: no frontend could capture it as one graph", *lines]))
 
 
-def _note_assignments(program: Program, root: Root) -> None:
+def _note_assignments(program: Program, root: Root, names: Sequence[str]) -> None:
     """The last outputs are what the model assigns. No value that an earlier call computed from a parameter is used."""
     inputs = list(zip(program.placeholders, program.inputs, strict=True))
     parameters = {node: what.name for node, what in inputs if what.kind == "parameter" and carries_derivative(node)}
@@ -261,6 +262,9 @@ def _note_assignments(program: Program, root: Root) -> None:
     kept = []
     for made in root.observed.assigned:
         made.module = root.get_submodule(made.path or "")
+        for leaf in made.leaves:
+            if isinstance(leaf, Same):
+                leaf.value = _constant(root, leaf.name, names).value
         results = program.results[i : i + made.count]
         made.computed_from = [_computed_from(result, program, parameters) for result in results]
         source = next(filter(None, made.computed_from), None)
@@ -286,6 +290,17 @@ def _note_assignments(program: Program, root: Root) -> None:
     program.structures = [
         (module, name, structure(getattr(module, name, None))) for module, name in attributes.values()
     ]
+
+
+def _ties(program: Program, root: Root) -> list[list[tuple[nn.Module, Keys]]]:
+    """The places of each tensor that is an input and has several: the graph reads one of them."""
+    inputs = {id(what.value(())) for what in program.inputs if what.module is not None}
+    found: dict[int, list[tuple[nn.Module, Keys]]] = {}
+    for module in root.modules():
+        for keys, tensor in places(module) if module is not root else ():
+            if id(tensor) in inputs:
+                found.setdefault(id(tensor), []).append((module, keys))
+    return [several for several in found.values() if len(several) > 1]
 
 
 def _is_of_parameters(result: fx.Node, program: Program) -> bool:

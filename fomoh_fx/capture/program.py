@@ -6,14 +6,14 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.capture.assignments import Assignment, Assignments, ChangedNumbers
-from fomoh_fx.capture.constants import AsConstants
+from fomoh_fx.capture.assignments import Assignment, Assignments, ChangedNumbers, Same
+from fomoh_fx.capture.constants import AsConstants, argument
 from fomoh_fx.capture.conversions import conversions_checked
 from fomoh_fx.capture.finite import AssumeFinite
 from fomoh_fx.capture.hooks import gradient_hooks_checked, refuse_hooks_of_module
@@ -155,21 +155,28 @@ class Root(nn.Module):
         self.foreign = list(foreign)
         for i, tensor in enumerate(foreign):
             self.register_buffer(f"foreign_{i}", tensor)
-        self.own = self._own()
+        self.own = self._every()
 
     def _own(self) -> dict[str, Tensor]:
         """The parameters and buffers by name; what stands for them, while a frontend runs this."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
+    def _every(self) -> dict[str, Tensor]:
+        """The same under all names that they have."""
+        tables = (self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
+        return {name: tensor for table in tables for name, tensor in table}
+
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         with ExitStack() as stack:
             constants = self.observed.constants = stack.enter_context(AsConstants(self, self.constants, self.flags))
             assignments = Assignments(self)
-            args, kwargs, targets = self.call.rebuild(constants.of(tensors))
+            given = constants.of(tensors)
+            args, kwargs, targets = self.call.rebuild(given)
             known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
             known |= {id(self.own[name]): t for name, t in self._own().items() if name in self.own}  # in containers, too
             leaves = [tensors[i] for i in self.call.differentiated]
             semantics = self.observed.semantics = ReverseModeSemantics(known, self.observed.before, leaves)
+            assignments.same = partial(_same, self._names(given), semantics)
             for context in (
                 semantics, RecordSourceLines(), AssumeFinite(), assignments, self._observe_modules(assignments),
                 conversions_checked(self), gradient_hooks_checked(),
@@ -195,19 +202,28 @@ class Root(nn.Module):
                 f"model: returns no floating-point tensor, so it has no derivative (it returned {result!r})"
             )
         self.observed.numbers = assignments.numbers
-        self.observed.assigned = [made for made in assignments.made if not self._is_there(made, known)]
+        self.observed.assigned = self._assigned(assignments)
         constants.changed |= {f"{made.path}.{made.keys[0]}" for made in self.observed.assigned} & {*constants.put}
         new = [tensor for made in self.observed.assigned for tensor in made.tensors]
         return [*map(semantics.own, [*found, *new])]
 
-    def _is_there(self, made: Assignment, known: Mapping[int, Tensor]) -> bool:
-        """Whether a place has kept its tensors: after ``self.x += 1`` it is the one that stands for it here."""
-        try:
-            before = pytree.tree_leaves(follow(self.get_submodule(made.path or ""), made.keys))
-        except (AttributeError, LookupError):
-            return False
-        same = made.kind != "delete" and len(before) == len(made.tensors) == len(made.leaves)
-        return same and all(a is b or a is known.get(id(b)) for a, b in zip(made.tensors, before, strict=True))
+    def _names(self, given: Sequence[Tensor]) -> dict[int, str]:
+        """What this calls tensors from before the run, and what stands for them, by identity."""
+        names = {id(t): argument(i) for i, t in enumerate(given)}
+        for name, tensor in (*self.own.items(), *self._every().items()):
+            names.setdefault(id(tensor), name)
+        return names
+
+    def _assigned(self, assignments: Assignments) -> list[Assignment]:
+        """What the run assigns anew, in the end."""
+        made = [a for a in assignments.made if not assignments.is_as_before(a, self._at(a.path), self.own)]
+        numbers: dict[int, int] = {}
+        for a in made:
+            a.numbers = [numbers.setdefault(id(tensor), len(numbers)) for tensor in a.tensors]
+        return made
+
+    def _at(self, path: str | None) -> nn.Module:
+        return self.get_submodule(path or "")
 
     @contextmanager
     def _observe_modules(self, assignments: Assignments) -> Iterator[None]:
@@ -229,6 +245,14 @@ class Root(nn.Module):
             yield
         finally:
             handle.remove()
+
+
+def _same(names: Mapping[int, str], semantics: ReverseModeSemantics, tensor: Tensor) -> Same | None:
+    """What a tensor is that has a name, or is one of those without its derivative; None for others."""
+    if id(tensor) in names:
+        return Same(names[id(tensor)])
+    source = semantics.source_of(tensor)
+    return Same(names[id(source)], is_detached=True) if source is not None and id(source) in names else None
 
 
 def _check_loss(value: Any) -> None:
@@ -261,16 +285,32 @@ class Program:
     assignments: Sequence[Assignment] = ()  # their tensors are the last outputs
     numbers: Sequence[ChangedNumbers] = ()  # in containers, and the run changes them
     structures: Sequence[tuple[nn.Module, str, Any]] = ()  # attributes with containers, and what the graph is for
+    ties: Sequence[Sequence[tuple[nn.Module, Keys]]] = ()  # places that had one tensor, which is one input
 
-    def assign(self, values: Sequence[Tensor]) -> None:
-        """Assign what the model assigns; the values are copied, for they may be any outputs or inputs."""
+    def assign(self, values: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
+        """Assign what the model assigns, after all of it has been read.
+
+        Values are copied, for they may be any outputs or inputs: each tensor of the model once.
+        """
         new = iter(values)
+        copies: dict[int, Tensor] = {}
+        leaves = []
         for made in self.assignments:
-            made.apply([next(new).clone() for _ in range(made.count)])
+            for number in made.numbers:
+                value = next(new)
+                copies[number] = copies[number] if number in copies else value.clone()
+            leaves.append(made.filled([copies[number] for number in made.numbers], arguments))
+        for made, filled in zip(self.assignments, leaves, strict=True):
+            made.apply(filled)
 
     def has_its_structures(self) -> bool:
         """Whether the containers that the model changes or computes with have what they had at capture."""
         return all(structure(getattr(module, name, None)) == known for module, name, known in self.structures)
+
+    def has_its_ties(self) -> bool:
+        """Whether tensors that were one at capture still are, and others are not."""
+        values = [id(what.value(())) for what in self.inputs if what.module is not None]
+        return len(set(values)) == len(values) and all(map(_is_one_tensor, self.ties))
 
     @cached_property
     def changed(self) -> dict[int, int]:
@@ -296,3 +336,10 @@ class Program:
     def results(self) -> tuple[fx.Node, ...]:
         """The nodes that are returned, in the order of ``outputs``."""
         return self.module.graph.output_node().args[0]  # type: ignore[return-value]
+
+
+def _is_one_tensor(places: Sequence[tuple[nn.Module, Keys]]) -> bool:
+    try:
+        return len({id(follow(module, keys)) for module, keys in places}) == 1
+    except (AttributeError, LookupError):
+        return False

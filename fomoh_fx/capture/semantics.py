@@ -194,6 +194,10 @@ class ReverseModeSemantics(TorchFunctionMode):
             self.foreign[id(tensor)] = tensor
         return tensor
 
+    def source_of(self, tensor: Tensor) -> Tensor | None:
+        """For ``x.detach()`` or ``x.data``, x."""
+        return self._stopped_views[id(tensor)][1] if id(tensor) in self._stopped_views else None
+
     def _remember(self, tensor: Tensor) -> None:
         """Capture changes no state: a foreign tensor that the model changes in place is restored afterwards."""
         if not any(tensor is known for known, _ in self.before):

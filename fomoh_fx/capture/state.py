@@ -70,6 +70,15 @@ def place_of(module: nn.Module, tensor: Tensor) -> Keys | None:
     return None
 
 
+def places(module: nn.Module) -> Iterator[tuple[Keys, Tensor]]:
+    """The tensors of a module with the keys that lead to them: parameters, buffers, and others."""
+    found: list[tuple[Keys, Any]] = [((name,), value) for name, value in vars(module).items()]
+    found += [((name,), value) for table in (module._parameters, module._buffers) for name, value in table.items()]
+    for keys, container in containers(module):
+        found += [((*keys, key), value) for key, value in (children(container) or {}).items()]
+    return ((keys, value) for keys, value in found if isinstance(value, Tensor))
+
+
 def follow(module: nn.Module, keys: Sequence[Any]) -> Any:
     """The value that the keys lead to.
 
