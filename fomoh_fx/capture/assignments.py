@@ -249,7 +249,11 @@ class Assignments:
 
     def _flat(self, value: Any) -> tuple[list[Any], Any]:
         """The leaves and their structure; containers that are watched themselves are leaves."""
-        return pytree.tree_flatten(value, is_leaf=lambda x: x is not value and id(x) in self._containers)
+        return pytree.tree_flatten(value, is_leaf=lambda x: x is not value and self.watches(x))
+
+    def watches(self, value: Any) -> bool:
+        """Whether it is a container from before the run, and what is in it is watched."""
+        return id(value) in self._containers
 
     def is_as_before(self, made: Assignment, module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
         """Whether what is assigned is there already: the weights that an LSTM lists, after ``self.x += 1``, too.
@@ -290,6 +294,14 @@ def _are_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
 def _fill(holder: Any, values: Sequence[Any]) -> None:
     holder.clear()
     holder.extend(values)
+
+
+def kept_elsewhere(where: str) -> CaptureError:
+    """The refusal of a tensor of a run that stays in what is no attribute of a model."""
+    return CaptureError(
+        f"model: keeps a tensor that it computes in {where}, where later calls would find the first one for ever. "
+        "Keep it in a buffer or another attribute of a module, or return it"
+    )
 
 
 def remembered(what: str, parameter: str) -> CaptureError:

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fomoh_fx.capture.assignments import kept_elsewhere
 from fomoh_fx.capture.state import children, is_record
-from fomoh_fx.errors import CaptureError
 
 _Cache = type(functools.lru_cache(len))
 _Link: Any = getattr(functools, "_lru_list_elem", _Cache)
@@ -47,10 +47,7 @@ def refuse_kept(made: Iterable[weakref.ref[Tensor]], returned: Sequence[Any]) ->
     _, where = _search(alive, allowed)
     if where is not None:
         _remove(alive)
-        raise CaptureError(
-            f"model: keeps a tensor that it computes in {where}, where later calls would find the first one for ever. "
-            "Keep it in a buffer or another attribute of a module, or return it"
-        )
+        raise kept_elsewhere(where)
 
 
 def _alive(made: Iterable[weakref.ref[Tensor]], but: set[int]) -> list[Tensor]:
@@ -79,7 +76,7 @@ def _search(tensors: Sequence[Tensor], allowed: set[int]) -> tuple[list[Any], st
                 caches.append(holder)
             elif (where := _name(holder, level)) is not None:
                 return caches, where
-            elif type(holder) in _INNER:
+            elif type(holder) in _INNER or isinstance(holder, dict):
                 following.append(holder)
         level = following
     return caches, None
@@ -95,7 +92,8 @@ def _name(holder: Any, held: Sequence[Any]) -> str | None:
             return None
         ids = {id(value) for value in held}
         return f"the global variable {module}.{next(name for name, value in holder.items() if id(value) in ids)}"
-    if type(holder) not in _INNER and is_record(holder) and is_a_users(type(holder).__module__):
+    is_list = isinstance(holder, (list, tuple, deque)) and hasattr(holder, "__dict__")
+    if type(holder) not in _INNER and (is_record(holder) or is_list) and is_a_users(type(holder).__module__):
         return f"an object of type {type(holder).__name__}"
     return None
 

@@ -12,13 +12,13 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.capture.assignments import Assignment, Assignments, ChangedNumbers, Same
+from fomoh_fx.capture.assignments import Assignment, Assignments, ChangedNumbers, Same, kept_elsewhere
 from fomoh_fx.capture.constants import AsConstants, argument
 from fomoh_fx.capture.conversions import conversions_checked
 from fomoh_fx.capture.finite import AssumeFinite
 from fomoh_fx.capture.hooks import gradient_hooks_checked, refuse_hooks_of_module
-from fomoh_fx.capture.semantics import ReverseModeSemantics
-from fomoh_fx.capture.state import Keys, follow, structure
+from fomoh_fx.capture.semantics import ReverseModeSemantics, is_real
+from fomoh_fx.capture.state import Keys, follow, structure, tensors_in
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.passes.dataflow import draws, graphs_in
 from fomoh_fx.passes.provenance import RecordSourceLines
@@ -217,6 +217,9 @@ class Root(nn.Module):
     def _assigned(self, assignments: Assignments) -> list[Assignment]:
         """What the run assigns anew, in the end."""
         made = [a for a in assignments.made if not assignments.is_as_before(a, self._at(a.path), self.own)]
+        for leaf in (leaf[0] for a in made for leaf in a.leaves if isinstance(leaf, tuple)):
+            if not assignments.watches(leaf) and any(not is_real(tensor) for tensor in tensors_in(leaf)):
+                raise kept_elsewhere(f"an object of type {type(leaf).__name__}")
         numbers: dict[int, int] = {}
         for a in made:
             a.numbers = [numbers.setdefault(id(tensor), len(numbers)) for tensor in a.tensors]

@@ -64,7 +64,7 @@ _ASK_FOR_GRADIENT = {torch.Tensor.requires_grad.__get__, _IS_LEAF}  # type: igno
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
-def _is_real(tensor: Tensor) -> bool:
+def is_real(tensor: Tensor) -> bool:
     """A tensor with data of its own that is met while the frontend runs the model on fake ones."""
     return type(tensor) in _PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
@@ -134,7 +134,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         if self._moved:
             self._later_views += [weakref.ref(t) for t in results if isinstance(t, Tensor) and self._is_moved(t._base)]
         if not mutates(func):  # which returns what it was given
-            self.made += [weakref.ref(t) for t in results if isinstance(t, Tensor) and not _is_real(t)]
+            self.made += [weakref.ref(t) for t in results if isinstance(t, Tensor) and not is_real(t)]
         return result
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -159,7 +159,7 @@ class ReverseModeSemantics(TorchFunctionMode):
             return None
         if changes_arguments(called := _overload(func)):
             return self._change_arguments(called, args, kwargs)
-        if mutates(func) and args and isinstance(args[0], Tensor) and _is_real(args[0]):
+        if mutates(func) and args and isinstance(args[0], Tensor) and is_real(args[0]):
             self._remember(args[0])
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             return self._set_data(*args)
@@ -190,7 +190,7 @@ class ReverseModeSemantics(TorchFunctionMode):
             )
         if id(tensor) in self.known:
             return self.known[id(tensor)]
-        if _is_real(tensor):
+        if is_real(tensor):
             self.foreign[id(tensor)] = tensor
         return tensor
 
@@ -236,7 +236,7 @@ class ReverseModeSemantics(TorchFunctionMode):
 
     def _assign(self, target: Tensor, value: Tensor) -> None:
         """Give a tensor the value in place; its derivative goes on under no_grad."""
-        if _is_real(target):
+        if is_real(target):
             self._remember(target)
         if not torch.is_grad_enabled() and (target.is_floating_point() or target.is_complex()):
             value = ops.with_value.default(target.clone(), value)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 #: What every module has for itself.
 STANDARD = frozenset(vars(nn.Module()))
-_NOT_RECORDS = (type, Enum, nn.Module, Tensor, FunctionType, MethodType, BuiltinFunctionType)
+_NOT_RECORDS = (dict, list, tuple, deque, type, Enum, nn.Module, Tensor, FunctionType, MethodType, BuiltinFunctionType)
 _NOT_A_MODELS = {"torch", "numpy", *sys.stdlib_module_names}
 _MOST = 10_000  # containers that are searched
 
@@ -87,6 +87,8 @@ def follow(module: nn.Module, keys: Sequence[Any]) -> Any:
     """
     value: Any = getattr(module, keys[0])
     for key in keys[1:]:
+        if isinstance(value, dict) and not dict.__contains__(value, key):
+            raise KeyError(key)  # a defaultdict would make one
         value = getattr(value, key) if is_record(value) else value[key]
     return value
 
@@ -130,5 +132,13 @@ def structure(value: Any, depth: int = 8) -> Any:
 
 def has_tensors(value: Any, depth: int = 8) -> bool:
     """Whether a tensor is in it."""
-    inside = (children(value) if depth else None) or {}
-    return isinstance(value, Tensor) or any(has_tensors(child, depth - 1) for child in inside.values())
+    return any(True for _ in tensors_in(value, depth))
+
+
+def tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
+    """The tensors in it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth:
+        for child in (children(value) or {}).values():
+            yield from tensors_in(child, depth - 1)

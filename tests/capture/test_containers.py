@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ class Keeps(nn.Module):
         self.layer = nn.Linear(3, 2).double()
         self.cache, self.items, self.recent, self.state = {}, [], deque(maxlen=2), None
         self.pair, self.record = (Record(), {"inner": {}}), SimpleNamespace(value=1.0)
-        self.plain = torch.ones(2).double()
+        self.plain, self.own = torch.ones(2).double(), (Table(), Items([torch.ones(2).double()]))
         self.change, self.through_make_fx = change, through_make_fx
 
     def forward(self, x):
@@ -105,6 +105,27 @@ def reset_to_none(model, y):
     return before
 
 
+class Table(dict):
+    pass
+
+
+class Items(list):
+    pass
+
+
+def in_a_default_dictionary(model, y):
+    factor = model.cache["h"] + model.cache["read"]
+    model.cache["h"] = mean(y)
+    return factor
+
+
+def in_dictionaries_and_lists_of_its_own(model, y):
+    table, items = model.own
+    factor = items[0] * table.get("h", 1.0)
+    items[0], table["h"] = mean(y), y.detach().exp().mean(0)
+    return factor
+
+
 def deleted(model, y):
     before = getattr(model, "plain", 3.0)
     if hasattr(model, "plain"):
@@ -138,7 +159,7 @@ def a_count_without_use(model, y):
 
 CARRIED = [
     in_a_dictionary, in_a_tuple, in_objects, in_a_list_of_places, the_last_ones, taken_out, moved_on, in_place,
-    reset_to_none, deleted, cleared_and_filled, a_new_list, a_flag,
+    reset_to_none, deleted, cleared_and_filled, a_new_list, a_flag, in_dictionaries_and_lists_of_its_own,
 ]  # fmt: skip
 
 
@@ -184,7 +205,7 @@ def flat(model):
         else:
             found[place] = str(value)
 
-    for name in ("cache", "items", "recent", "state", "pair", "record", "plain"):
+    for name in ("cache", "items", "recent", "state", "pair", "record", "plain", "own"):
         add(getattr(model, name, "missing"), (name,))
     return {
         place: value if isinstance(value, torch.Tensor) else torch.tensor([ord(c) for c in value])
@@ -197,6 +218,14 @@ def flat(model):
 def test_later_calls_see_what_was_kept(change, through_make_fx):
     torch.manual_seed(0)
     check_calls(Keeps(change, through_make_fx), (4, 4, 5, 4))
+
+
+@pytest.mark.parametrize("through_make_fx", [False, True], ids=["export", "make_fx"])
+def test_a_key_that_a_default_dictionary_makes(through_make_fx):
+    model = Keeps(in_a_default_dictionary, through_make_fx)
+    model.cache = defaultdict(lambda: torch.ones(2).double())
+    hd = check_calls(model, (4, 4, 4))
+    assert len(hd._traced) == 2
 
 
 @pytest.mark.parametrize("change", [in_a_dictionary, in_a_tuple, the_last_ones], ids=lambda change: change.__name__)
@@ -290,6 +319,12 @@ def in_a_new_object(model, y):
     return before
 
 
+def in_a_new_dictionary_of_its_own(model, y):
+    before = model.state["h"] if model.state else 1.0
+    model.state = Table(h=mean(y))
+    return before
+
+
 GLOBAL: list[torch.Tensor] = []
 LAST = None
 
@@ -324,6 +359,7 @@ REFUSED = {
     "grows": (grows, "its Keeps.items grows by tensors at every call"),
     "derivative": (with_its_derivative, "that an earlier call computed from the parameter 'layer.*detach it"),
     "new-object": (in_a_new_object, "keeps a tensor that it computes in an object of type Record"),
+    "new-dictionary": (in_a_new_dictionary_of_its_own, "keeps a tensor that it computes in an object of type Table"),
     "global-list": (in_a_global_list, "the global variable .*GLOBAL, .*buffer"),
     "global-variable": (in_a_global_variable, "the global variable .*LAST, "),
     "closure": (in_a_closure(), "a variable of the function .*change, "),
