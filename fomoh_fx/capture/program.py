@@ -323,8 +323,12 @@ class Program:
 
     @cached_property
     def used(self) -> list[int]:
-        """The numbers of the inputs that are changed in place or read."""
-        return [i for i, node in enumerate(self.placeholders) if node.users or i in self.changed]
+        """The numbers of the inputs that are changed in place or read, be it only to decide what the graph is."""
+        decide = {_identity(what) for what, _ in self.constants}
+        inputs = zip(self.placeholders, self.inputs, strict=True)
+        return [
+            i for i, (node, what) in enumerate(inputs) if node.users or i in self.changed or _identity(what) in decide
+        ]
 
     @cached_property
     def draws(self) -> bool:
@@ -339,6 +343,11 @@ class Program:
     def results(self) -> tuple[fx.Node, ...]:
         """The nodes that are returned, in the order of ``outputs``."""
         return self.module.graph.output_node().args[0]  # type: ignore[return-value]
+
+
+def _identity(what: Input) -> tuple[str, int]:
+    """Equal for two inputs that are one, under whatever name."""
+    return (what.kind, what.index) if what.kind == "argument" else ("state", id(what.value(())))
 
 
 def _is_one_tensor(places: Sequence[tuple[nn.Module, Keys]]) -> bool:

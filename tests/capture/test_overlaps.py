@@ -183,3 +183,34 @@ def test_one_buffer_under_two_names_is_one():
     torch.testing.assert_close(torch.stack(values), X.exp().sum() * torch.tensor([1.0, 2.0], dtype=torch.float64))
     assert model.first is model.second and model.first == 2
     assert len(hd.latest.program.changed) == 1
+
+
+def test_a_view_that_only_decides():
+    class Decided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+            self.register_buffer("flags", torch.zeros(2, dtype=torch.bool))
+            self.register_buffer("flag", self.flags[0])
+
+        def forward(self, x):
+            self.flags.fill_(True)
+            return (x.sin() * self.scale).sum() * (2 if self.flag else 1)
+
+    model = Decided()
+    with pytest.raises(CaptureError, match="flags is changed in place and shares memory with flag"):
+        value(model)
+    assert not model.flags.any()
+
+
+def test_an_argument_that_only_decides():
+    def function(x, decides, counts):
+        counts.add_(1)
+        return x.sin().sum() * (2 if decides[0] == 1 else 1)
+
+    hd = fomoh_fx.transform(function, wrt="inputs")
+    memory = torch.zeros(2, dtype=torch.int64)
+    hd(X, memory[:1], memory.clone(), tangents=(X[None], None, None))
+    with pytest.raises(CaptureError, match="counts is changed in place and shares memory with decides"):
+        hd(X, memory[:1], memory, tangents=(X[None], None, None))
+    assert not memory.any()
