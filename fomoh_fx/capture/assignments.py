@@ -145,7 +145,7 @@ class Assignments:
         self.numbers: list[ChangedNumbers] = []
         self.same: Callable[[Tensor], Same | None] = lambda tensor: None
         self._watched: list[_Watched] = []
-        self._parameters: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._tables: list[tuple[nn.Module, str, dict[str, Any], dict[str, Any]]] = []
         self._containers: set[int] = set()
         self._hooks = [
             (hooks, len(hooks)) for m in root.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)
@@ -155,7 +155,8 @@ class Assignments:
 
     def watch(self, module: nn.Module, path: str | None = None) -> None:
         """Watch a module; without a path, only to put its attributes back."""
-        self._parameters.append((module, dict(module._parameters)))
+        for what, table in (("parameter", module._parameters), ("module", module._modules)):
+            self._tables.append((module, what, table, dict(table)))
         holder: Any
         for holder in (vars(module), module._buffers):
             self._watched.append(_Watched(path, (), module, holder, dict(holder)))
@@ -180,14 +181,14 @@ class Assignments:
             made = self._changes(watched)  # which puts back what was before
             if is_there and watched.path is not None:
                 self.made += made
-        for module, parameters in self._parameters:
-            changed = [k for k, v in module._parameters.items() if v is not parameters.get(k)]
-            module._parameters.update(parameters)
-            if changed and kind is None:
-                raise CaptureError(
-                    f"model: assigns another tensor to a parameter of its {type(module).__name__} while it runs; "
-                    "compute with the new tensor under another name"
-                )
+        changed = [(module, what) for module, what, table, before in self._tables if _put_back(table, before)]
+        if changed and kind is None:
+            module, what = changed[0]
+            advice = "compute with the new tensor under another name" if what == "parameter" else "make it before"
+            raise CaptureError(
+                f"model: assigns another {'tensor to a parameter' if what == 'parameter' else 'submodule'} of its "
+                f"{type(module).__name__} while it runs; {advice}"
+            )
         if self._growing is not None and kind is None:
             raise CaptureError(
                 f"model: its {type(self._growing.module).__name__}.{written(self._growing.keys)} grows by tensors at "
@@ -276,6 +277,15 @@ def _is_one(leaf: Any, before: Any, tensors: Mapping[str, Tensor]) -> bool:
     if isinstance(leaf, Same):
         return not leaf.is_detached and tensors.get(leaf.name, _MISSING) is before
     return leaf[0] is before or (type(leaf[0]) is type(before) in (*_NUMBERS, *_FLAGS) and leaf[0] == before)
+
+
+def _put_back(table: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Let a table have what it had; whether it had changed."""
+    if _are_same([*table], [*before]) and _are_same([*table.values()], [*before.values()]):
+        return False
+    table.clear()
+    table.update(before)
+    return True
 
 
 def _is_there(watched: _Watched) -> bool:

@@ -51,6 +51,12 @@ class _Typed(type):
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, cls.of)
 
+    def __eq__(cls, other: object) -> bool:
+        return cls.of is class_of(other)
+
+    def __hash__(cls) -> int:
+        return hash(cls.of)
+
     def __getattr__(cls, name: str) -> Any:
         return getattr(cls.of, name)
 

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from operator import attrgetter
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -22,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch._export.utils import _compiling_state_context
 from torch._inductor import config as inductor_config
 from torch._subclasses import fake_impls
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import _trace
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -105,6 +106,7 @@ def _capture(
             if isinstance(outcome, FomohError):
                 raise outcome
             refuse_kept(made, outcome.structure.others)
+            _refuse_fake(outcome)
             return outcome
         _refuse_remembered(root, tensors)
         foreign += tensors  # capture again with what a closure holds as inputs: its values may change
@@ -290,6 +292,18 @@ def _note_assignments(program: Program, root: Root, names: Sequence[str]) -> Non
     program.structures = [
         (module, name, structure(getattr(module, name, None))) for module, name in attributes.values()
     ]
+
+
+def _refuse_fake(program: Program) -> None:
+    """No tensor of a frontend's own, without data, is a constant of the graph."""
+    nodes = program.module.graph.find_nodes(op="get_attr")
+    constants = [attrgetter(node.target)(program.module) for node in nodes]
+    for constant in (*constants, *(what.tensor for what in program.inputs)):
+        if isinstance(constant, FakeTensor):
+            raise CaptureError(
+                f"model: uses a tensor of shape {tuple(constant.shape)} that cannot be traced to an argument, a "
+                "parameter or a buffer; pass it as an argument, or keep it in a buffer"
+            )
 
 
 def _ties(program: Program, root: Root) -> list[list[tuple[nn.Module, Keys]]]:

@@ -173,10 +173,12 @@ class Root(nn.Module):
             given = constants.of(tensors)
             args, kwargs, targets = self.call.rebuild(given)
             known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
-            known |= {id(self.own[name]): t for name, t in self._own().items() if name in self.own}  # in containers, too
+            # those that are in containers, too
+            known |= {id(self.own[name]): t for name, t in self._own().items() if name in self.own}
             leaves = [tensors[i] for i in self.call.differentiated]
-            semantics = self.observed.semantics = ReverseModeSemantics(known, self.observed.before, leaves)
-            assignments.same = partial(_same, self._names(given), semantics)
+            names = self._names(given)
+            semantics = self.observed.semantics = ReverseModeSemantics(known, self.observed.before, leaves, names)
+            assignments.same = partial(_same, names, semantics)
             for context in (
                 semantics, RecordSourceLines(), AssumeFinite(), assignments, self._observe_modules(assignments),
                 conversions_checked(self), gradient_hooks_checked(),

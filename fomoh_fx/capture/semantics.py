@@ -11,6 +11,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -27,7 +28,7 @@ from fomoh_fx.capture.constructors import class_of
 from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.untraceable import traceable
 from fomoh_fx.custom_functions import FunctionCall, Template, apply_of_library, functions_called, of_library
-from fomoh_fx.errors import UnsupportedOpError
+from fomoh_fx.errors import CaptureError, UnsupportedOpError
 from fomoh_fx.functional_forms import apart, changed_arguments, changes_arguments, functional_form, named
 from fomoh_fx.triton_kernels import LAUNCH, launch
 
@@ -60,6 +61,7 @@ def _call_under_transforms(function: type[torch.autograd.Function], *args: Any, 
 _STOPS = {torch.Tensor.detach, torch.detach}
 _GRAD_MODE = {torch._C._set_grad_enabled}
 _IS_LEAF = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
+_GRADIENTS = {torch.Tensor.grad.__get__, torch.Tensor._grad.__get__}  # type: ignore[attr-defined]
 _ASK_FOR_GRADIENT = {torch.Tensor.requires_grad.__get__, _IS_LEAF}  # type: ignore[attr-defined]
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
@@ -90,16 +92,21 @@ class ReverseModeSemantics(TorchFunctionMode):
         foreign: tensors that the model uses without owning them (captured by a closure, a plain attribute).
         before: those of them that the run changes in place, and copies from before.
         made: what torch functions have returned.
+        names: of tensors from before the run, and of what stands for them, by identity.
         leaves: inputs with tangents, which are no leaves while they are captured, so that the model may change them.
         has_denied: whether the model has asked a tensor for a gradient of it, and been told that there is none.
         asks_for_offset: whether the model has asked where in its storage a tensor begins.
     """
 
     def __init__(
-        self, known: Mapping[int, Tensor], before: list[tuple[Tensor, Tensor]], leaves: Sequence[Tensor] = ()
+        self,
+        known: Mapping[int, Tensor],
+        before: list[tuple[Tensor, Tensor]],
+        leaves: Sequence[Tensor] = (),
+        names: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.known, self.before, self.leaves = known, before, leaves
+        self.known, self.before, self.leaves, self.names = known, before, leaves, names
         self.foreign: dict[int, Tensor] = {}
         self.made: list[weakref.ref[Tensor]] = []
         self.has_denied = False
@@ -145,7 +152,13 @@ class ReverseModeSemantics(TorchFunctionMode):
         self.has_denied |= func in _ASK_FOR_GRADIENT and not args[0].requires_grad
         self.asks_for_offset |= func == torch.Tensor.storage_offset
         if func is torch.Tensor.type:
-            args = tuple(map(class_of, args))
+            args, kwargs = tuple(map(class_of, args)), {name: class_of(x) for name, x in kwargs.items()}
+        if func in _GRADIENTS and id(args[0]) in self.names:
+            name = self.names[id(args[0])].removeprefix("model.")
+            raise CaptureError(
+                f"model: reads the gradient (.grad) of {name} while it runs, and a graph has none of it; pass it as an "
+                "argument, or keep it in a buffer"
+            )
         if func == _IS_LEAF and any(args[0] is leaf for leaf in self.leaves):
             return True
         func = traceable(func, args)

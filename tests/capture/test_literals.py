@@ -69,8 +69,18 @@ def constructed(x: Tensor) -> Tensor:
     return torch.Tensor(x).square() * scale * int(torch.LongTensor([1, 2]).sum()) * isinstance(x, torch.DoubleTensor)
 
 
+FACTORS = {torch.DoubleTensor: 2.0}
+
+
+def asked_for_by_class(x: Tensor) -> Tensor:
+    """A class of tensors is a key, and a keyword."""
+    is_one = torch.DoubleTensor in FACTORS and torch.DoubleTensor == next(iter(FACTORS))
+    return (x.square() * FACTORS[torch.DoubleTensor] * is_one).type(dtype=torch.DoubleTensor)
+
+
 LITERAL = [
     constructed, normalised, repeated, changed, selected, as_many_as_selected, from_numpy, counted, kept,
+    asked_for_by_class,
 ]  # fmt: skip
 
 

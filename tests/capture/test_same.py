@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fomoh_fx
+from fomoh_fx.errors import CaptureError
 from fomoh_fx.optim import FoMoHBP
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(2, 2, 3)
@@ -175,3 +176,46 @@ def test_places_of_one_tensor_come_apart():
     model.second = model.first
     for expected in (48, 48):
         assert hd(x, tangents=tangents(model)).primal == expected
+
+
+class Asks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.scale.grad = torch.full((3,), 5.0, dtype=torch.float64)
+
+    def forward(self, x):
+        return (x * self.scale * self.scale.grad).sum()
+
+
+def test_the_gradient_of_a_parameter_is_refused():
+    model = Asks()
+    with pytest.raises(CaptureError, match=r"reads the gradient \(.grad\) of scale[\s\S]*test_same.py"):
+        fomoh_fx.transform(model)(torch.ones(3).double(), tangents=tangents(model))
+    assert model.scale.grad.tolist() == [5.0] * 3
+
+
+class Grows(nn.Module):
+    def __init__(self, decides, part):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.decides, self.part = decides, part
+
+    def forward(self, x):
+        if not hasattr(self, "made"):
+            self.made = self.part(self)
+        y = (x * self.scale).sum()
+        return -y if self.decides and y > 0 else y
+
+
+@pytest.mark.parametrize("decides", [False, True])
+@pytest.mark.parametrize(
+    "part", [lambda model: nn.Linear(2, 2), lambda model: model.scale], ids=["module", "parameter"]
+)
+def test_what_a_refused_model_has_registered_is_taken_back(decides, part):
+    model, x = Grows(decides, part), torch.ones(3).double()
+    message = "no frontend could" if decides else "assigns another (submodule|tensor to a parameter) of its Grows"
+    with pytest.raises(CaptureError, match=message):
+        fomoh_fx.transform(model)(x, tangents={"scale": x[None]})
+    assert not hasattr(model, "made") and [*model.state_dict()] == ["scale"]
+    assert model(x) == (-3 if decides else 3)
