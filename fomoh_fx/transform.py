@@ -17,7 +17,7 @@ from fomoh_fx import inspect as inspection
 from fomoh_fx import lower
 from fomoh_fx.cache import MOST, Cache
 from fomoh_fx.capture import Call, Program, capture
-from fomoh_fx.capture.frontends import quiet
+from fomoh_fx.capture.frontends import CAPTURING, quiet
 from fomoh_fx.dynamic_shapes import dynamic_dims, must_vary
 from fomoh_fx.errors import ArgumentError, SpecialisationError, UnsupportedOpError
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
@@ -197,16 +197,25 @@ class HyperDualModule(nn.Module):
     def _specialize(self, call: Call, seeds: Seeds, dynamic_shapes: Any = None) -> Specialization:
         signature = signature_of(self.module, self.loss, call, seeds)
         dims = dynamic_dims(call, positional_names(self.model, len(call.args)), dynamic_shapes)
-        found = self._specializations.find(signature, lambda s: s.covers(dims) and s.holds(call.tensors))
+        found = self._found(call, signature, dims)
         if found is None:
-            serving = (s for s in self._traced if s.covers(dims) and s.serves(signature, call.tensors))
-            found = next((s for s in serving if s.holds(call.tensors)), None) or self._compile(
-                call, seeds, signature, dims
-            )
-            key = replace(signature, rest=found.signature.rest)  # which is equal, and not kept for every size
-            self._specializations.add(key, found, self.most_specializations)
-            found.traced_with.append([kind_of(t) for t in (*call.tensors, *seeds.stacks)])
+            with CAPTURING:  # another thread may have added it meanwhile
+                found = self._found(call, signature, dims) or self._added(call, seeds, signature, dims)
         self._latest = found
+        return found
+
+    def _found(self, call: Call, signature: Signature, dims: list[dict[int, Any]] | None) -> Specialization | None:
+        return self._specializations.find(signature, lambda s: s.covers(dims) and s.holds(call.tensors))
+
+    def _added(
+        self, call: Call, seeds: Seeds, signature: Signature, dims: list[dict[int, Any]] | None
+    ) -> Specialization:
+        """One that serves the call, found again by its signature."""
+        serving = (s for s in self._traced if s.covers(dims) and s.serves(signature, call.tensors))
+        found = next((s for s in serving if s.holds(call.tensors)), None) or self._compile(call, seeds, signature, dims)
+        key = replace(signature, rest=found.signature.rest)  # which is equal, and not kept for every size
+        self._specializations.add(key, found, self.most_specializations)
+        found.traced_with.append([kind_of(t) for t in (*call.tensors, *seeds.stacks)])
         return found
 
     def _compile(

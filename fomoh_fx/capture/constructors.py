@@ -32,11 +32,14 @@ def constructors_recorded() -> Iterator[None]:
         for cls, dtype in _TYPED.items():
             stand_in = _Typed(cls.__name__, (), {"of": cls, "dtype": dtype})
             stack.enter_context(patch.object(torch, cls.__name__, stand_in))
+        before = vars(Tensor).get("__new__")  # of a capture around this one
         Tensor.__new__ = staticmethod(new)  # type: ignore[assignment,method-assign]
         try:
             yield
         finally:
             del Tensor.__new__
+            if before is not None:
+                Tensor.__new__ = before  # type: ignore[method-assign]
 
 
 class _Typed(type):

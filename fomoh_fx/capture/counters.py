@@ -7,6 +7,7 @@ other numbers; that the model does something at one call alone, ``if self.step =
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -76,12 +77,13 @@ def _observed(capture: Callable[[], Program]) -> tuple[Program, dict[Any, Change
 def _changes() -> Iterator[dict[Any, ChangedNumbers]]:
     """Note which numbers modules change to others; in the end each is what it was."""
     found: dict[Any, ChangedNumbers] = {}
-    assign = nn.Module.__setattr__
+    assign, thread = nn.Module.__setattr__, threading.get_ident()
 
     def note(self: nn.Module, name: str, value: Any) -> None:
         before = vars(self).get(name)
         assign(self, name, value)
-        if type(value) in _NUMBERS and type(before) in _NUMBERS and value != before:
+        is_mine = threading.get_ident() == thread
+        if is_mine and type(value) in _NUMBERS and type(before) in _NUMBERS and value != before:
             key = (id(vars(self)), name)  # a tracer wraps modules in others that share their attributes
             first = found[key].before if key in found else before
             put = partial(vars(self).__setitem__, name)

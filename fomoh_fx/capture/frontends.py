@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import re
+import threading
 import traceback
 import warnings
 import weakref
@@ -51,6 +52,8 @@ from fomoh_fx.rules.other_libraries import register_present
 from fomoh_fx.rules.registry import COMPOSITES, RULES
 
 aten = torch.ops.aten
+#: Held by the one thread that captures or expands: frontends, and what is patched meanwhile, are the process's.
+CAPTURING = threading.RLock()
 
 
 def capture(
@@ -76,7 +79,8 @@ def capture(
     """
     register_present()
     run = partial(_capture, model, loss, call, argument_names, dynamic_shapes, refusal)
-    return refuse_counted(partial(refuse_drawn, run, model, loss))
+    with CAPTURING:
+        return refuse_counted(partial(refuse_drawn, run, model, loss))
 
 
 def _capture(

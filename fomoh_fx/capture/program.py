@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -236,7 +237,11 @@ class Root(nn.Module):
         self.observed.outside.clear()
         known = {id(vars(m)) for m in self.modules()}  # a tracer wraps modules in others that share their attributes
 
+        thread = threading.get_ident()
+
         def note(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() != thread:
+                return
             refuse_hooks_of_module(module)
             stateless_graph = isinstance(module, fx.GraphModule) and not module.state_dict()  # a branch being traced
             if id(vars(module)) not in known and not stateless_graph:
