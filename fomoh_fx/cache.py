@@ -40,7 +40,8 @@ class Cache(Generic[T]):
         return None
 
     def add(self, signature: Hashable, value: T, most: int = MOST) -> None:
-        """Keep one under this signature, too, and no more than ``most`` in all; it counts as used."""
+        """Keep one under this signature, too, and no more than ``most`` in all, none below 1; it counts as used."""
+        most = max(most, 0)
         self._by_signature.setdefault(signature, []).insert(0, value)
         if id(value) not in self._used:
             self.values.append(value)
@@ -65,5 +66,5 @@ class Cache(Generic[T]):
             f"more than {most} specialisations of one module: the least recently used ones are dropped, and captured "
             "again where they are needed. Where sizes differ, mark the dimension as dynamic (trace(..., "
             "dynamic_shapes=...)); where values of tensors decide, pad to fewer cases; or set hd.most_specializations",
-            stacklevel=7,
+            stacklevel=9,
         )

@@ -45,6 +45,15 @@ def test_the_least_recently_used_one_is_dropped_with_one_warning() -> None:
     assert hd._traced == [kept[0], hd.latest]
 
 
+def test_fewer_than_none_are_none() -> None:
+    hd = fomoh_fx.transform(powers, wrt="inputs")
+    hd.most_specializations = -1
+    with pytest.warns(UserWarning, match="more than 0 specialisations") as caught:
+        check(hd, 1)
+    assert hd._traced == [] and caught[0].filename == __file__
+    check(hd, 2)
+
+
 def test_a_dropped_one_has_no_signature_left() -> None:
     cache: Cache[list[int]] = Cache()
     a, b, c = [1], [1], [2]
