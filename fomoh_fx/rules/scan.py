@@ -44,7 +44,8 @@ def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor
 
 
 def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
-    return _doubled(_logaddexp, x, dim)
+    """At infinity reverse mode has no derivative, as in logsumexp: neither has log(exp(x)) there."""
+    return _doubled(_logaddexp, torch.where(x == torch.inf, x.exp().log(), x), dim)
 
 
 def _logaddexp(before: Tensor, x: Tensor) -> Tensor:

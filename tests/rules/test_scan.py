@@ -67,6 +67,15 @@ def expanded(function, x, v, **options):
     return fomoh_fx.transform(function, wrt="inputs", **options)(x, tangents=(v,))
 
 
+def test_logcumsumexp_has_no_derivative_at_infinity():
+    """As logsumexp: from there on it is not a number, in reverse mode as well."""
+    x = torch.tensor([1.0, 2.0, torch.inf, 3.0], dtype=torch.float64)
+    y = expanded(lambda x: x.logcumsumexp(0), x, torch.ones(1, 4, dtype=torch.float64))
+    assert y.primal.isinf().tolist() == [False, False, True, True]
+    for part in (y.tangent[0], y.cross[0]):
+        assert part.isnan().tolist() == [False, False, True, True]
+
+
 def test_logcumsumexp_takes_no_part_in_masked_elements():
     v, kept = r(2, 5), [2, 4]
     y = expanded(lambda x: x.logcumsumexp(0), MASKED, v)
