@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from fomoh_fx.cache import Cache
 from fomoh_fx.capture import Call, Program, capture
 from fomoh_fx.capture.overlaps import refuse_overlaps
+from fomoh_fx.capture.reading import Reading
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.activity import analyse
@@ -38,7 +39,7 @@ from fomoh_fx.passes.sites import Point, find_points, reductions
 from fomoh_fx.passes.verify import verify
 from fomoh_fx.seeds import Seeds
 from fomoh_fx.signature import signature_of
-from fomoh_fx.specialization import is_as_captured, outside_settings
+from fomoh_fx.specialization import is_as_captured, outside_of
 from fomoh_fx.transform import HyperDualModule, argument_names
 
 #: At most so many numbers in a matrix that feeds the output's gradient back to a point.
@@ -91,7 +92,7 @@ class _Specialization:
     far: list[str]
     graph: fx.GraphModule
     run: Callable[..., Any]
-    outside: list[Any]
+    outside: Reading
 
 
 class ActivityGradient:
@@ -164,7 +165,7 @@ class ActivityGradient:
         return self._latest.plan
 
     def _specialized(self, call: Call, parameters: tuple[str, ...]) -> _Specialization:
-        signature = signature_of(self.hd.module, self.hd.loss, call, Seeds((), (), 0))
+        signature = signature_of(self.hd.model, self.hd.loss, call, Seeds((), (), 0))
         key = signature, parameters
         self._latest = self._specializations.find(key, lambda s: is_as_captured(s.program, s.outside, call.tensors))
         if self._latest is None:
@@ -190,7 +191,7 @@ class ActivityGradient:
         positions = {n: i for i, n in enumerate(inputs_of(module))}
         names, far = ([program.inputs[positions[n]].name for n in nodes] for nodes in (plan.parameters, plan.far))
         run = self.hd.lowering(graph, False)
-        return _Specialization(program, plan, names, far, graph, run, outside_settings(program))
+        return _Specialization(program, plan, names, far, graph, run, outside_of(program))
 
     def _plan(
         self, module: fx.GraphModule, program: Program, values: Values, trained: Sequence[int], at: Sequence[int]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from fomoh_fx.capture import Call
+from fomoh_fx.capture.reading import Reader, kind_of
 from fomoh_fx.capture.state import STANDARD
 from fomoh_fx.rules.products import products_are_exact
 from fomoh_fx.seeds import Seeds
@@ -21,103 +22,57 @@ class Signature:
     """What is equal for two calls that one specialisation serves; hashable.
 
     ``shapes`` are those of the call's tensors; ``rest`` is everything else: the structure, dtypes, devices,
-    layouts, arguments that are not tensors, parameters, settings, modes, and which inputs are seeded with how many
-    directions.
+    layouts, arguments that are not tensors, modules, parameters, settings, modes, and which inputs are seeded with how
+    many directions. ``kept`` are the objects that count by identity, alive so that no other one gets it.
     """
 
     shapes: tuple[torch.Size, ...]
     rest: tuple[Any, ...]
+    kept: list[Any] = field(compare=False)
 
 
-def signature_of(module: nn.Module, loss: Any, call: Call, seeds: Seeds) -> Signature:
+def signature_of(model: Any, loss: Any, call: Call, seeds: Seeds) -> Signature:
     """The signature of one call of the model (and loss)."""
-    kinds = tuple(kind_of(t)[1:] for t in call.tensors)
-    state = tuple(kind_of(t)[:-1] for t in (*module.parameters(), *module.buffers()))  # modes have the last
-    others = tuple((type(o), _hashable(o)) for o in call.others)
-    default = torch.get_default_device(), products_are_exact()
-    settings = settings_of(module) + (settings_of(loss) if isinstance(loss, nn.Module) else ())
-    modes = tuple(modes_of(module, loss))
-    rest = (call.spec, kinds, others, state, settings, modes, default, seeds.owners, seeds.directions)
-    return Signature(tuple(t.shape for t in call.tensors), rest)
+    reader = Reader()
+    kinds = tuple([(argument_kind_of(t)[1:], t.is_conj(), t.is_neg()) for t in call.tensors])
+    others = tuple(map(reader.value, call.others))
+    modules = [reader.modules(f) if isinstance(f, nn.Module) else reader.value(f) for f in (model, loss)]
+    default = torch.get_default_device(), products_are_exact(), *modes()
+    rest = (call.spec, kinds, others, *modules, default, seeds.owners, seeds.directions)
+    return Signature(tuple(t.shape for t in call.tensors), rest, reader.kept)
 
 
-def kind_of(tensor: Tensor) -> tuple[Any, ...]:
-    """What a model may ask of a tensor, beside its values; Dynamo reads this."""
-    return tensor.shape, tensor.dtype, tensor.device, strides_of(tensor), tensor.requires_grad
+def argument_kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What a model may ask of an argument; Dynamo reads this."""
+    return (*kind_of(tensor), tensor.is_leaf, isinstance(tensor, nn.Parameter))
 
 
-def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
-    """The layout of a tensor that is not contiguous: a recorded view is legal for one layout. Dynamo reads this."""
-    return None if tensor.is_contiguous() else tensor.stride()
+def modes() -> list[Any]:
+    """What changes what every model does: the default dtype, autocast, hooks of all modules; Dynamo reads this.
+
+    Capture depends neither on the caller's grad mode nor on flags of backends, which kernels read when they run.
+    """
+    found: list[Any] = [torch.get_default_dtype()]
+    for device in ("cpu", "cuda"):
+        enabled = torch.is_autocast_enabled(device)
+        found += [enabled, torch.get_autocast_dtype(device) if enabled else None]
+    found += [*torch_modules._global_forward_pre_hooks, *torch_modules._global_forward_hooks]
+    return found
 
 
-#: Attributes that a graph has as constants: a dropout's rate, an activation function.
+#: Settings that Dynamo can compare.
 _PLAIN = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
 
 
-def settings_of(module: nn.Module) -> tuple[Any, ...]:
-    """What makes every submodule compute what it does, beside its state: class, hooks, plain attributes."""
-    return tuple((type(m), *_hooks(m), *_attributes(m)) for m in module.modules())
-
-
 def plain_settings(*modules: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """The settings and training flags of modules that Dynamo can compare: by submodule and name."""
-    attributes = [(m, name, value) for top in modules for m in top.modules() for name, value in vars(m).items()]
-    own = [(m, name, value) for m, name, value in attributes if name == "training" or name not in STANDARD]
+    """The settings of modules that Dynamo can compare: by submodule and name."""
+    parts = [m for top in modules for m in top.modules()]
+    own = [(m, name, value) for m in parts for name, value in vars(m).items() if name not in STANDARD]
     return [(m, name, value) for m, name, value in own if type(value) in _PLAIN]
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Plain values, and the kinds of tensors: a model may ask whether it has one already, and of which shape."""
-    for name, value in vars(module).items():
-        if type(value) in _PLAIN:
-            yield name, type(value), value
-        elif isinstance(value, Tensor):
-            yield name, value.shape, value.dtype
-
-
-def _hooks(module: nn.Module) -> Iterator[tuple[int, ...]]:
-    """The hooks that run with a module, by numbers that PyTorch gives only once."""
-    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return (tuple(hooks) for hooks in own)
-
-
-def modes_of(module: nn.Module, loss: Any) -> list[Any]:
-    """What changes what the model does, beside its settings and arguments; Dynamo reads this.
-
-    Training of every submodule, whether parameters require gradients, the default dtype, and autocast. Capture depends
-    neither on the caller's grad mode nor on flags of backends, which kernels read when they run.
-    """
-    modes: list[Any] = [torch.get_default_dtype(), *flags_of(module)]
-    if isinstance(loss, nn.Module):
-        modes += flags_of(loss)
-    for device in ("cpu", "cuda"):
-        enabled = torch.is_autocast_enabled(device)
-        modes += [enabled, torch.get_autocast_dtype(device) if enabled else None]
-    return modes
-
-
-def flags_of(module: nn.Module) -> list[bool]:
-    """Of the modules, whether they train, and of the parameters, whether they require gradients; Dynamo reads this."""
-    return [m.training for m in module.modules()] + [p.requires_grad for p in module.parameters()]
-
-
-class _ByIdentity:
-    """An argument that cannot be hashed, kept alive so that its identity stays its own."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByIdentity) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _hashable(value: Any) -> Any:
-    try:
-        hash(value)
-    except TypeError:
-        return _ByIdentity(value)
-    return value
+def modules_of(top: nn.Module) -> list[Any]:
+    """Which modules there are, whether they train, and whether tensors require gradients; Dynamo reads this."""
+    named = [(name, id(m)) for name, m in top.named_modules(remove_duplicate=False)]
+    tensors = [p.requires_grad for p in top.parameters()] + [b.requires_grad for b in top.buffers()]
+    return named + [m.training for m in top.modules()] + tensors

@@ -15,6 +15,7 @@ from fomoh_fx.capture import Program
 from fomoh_fx.capture.assignments import COMPUTED_FROM
 from fomoh_fx.capture.layouts import has_its_layouts
 from fomoh_fx.capture.overlaps import refuse_overlaps
+from fomoh_fx.capture.reading import Reader, Reading, kind_of
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.lower import Lowering
 from fomoh_fx.passes.eliminate import eliminate
@@ -22,7 +23,7 @@ from fomoh_fx.passes.normalize import results_of
 from fomoh_fx.passes.pipeline import Compiled, copy_of
 from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.seeds import Seeds
-from fomoh_fx.signature import Signature, flags_of, kind_of, settings_of
+from fomoh_fx.signature import Signature, argument_kind_of, modes, modules_of
 
 
 @dataclass
@@ -39,8 +40,9 @@ class Specialization:
         dims: the dynamic dimensions of each argument, or None where everything is static.
         traced_with: shape, dtype, device and layout of each argument and tangent, for every call that it served.
         others: the arguments that are not tensors.
-        modes: the training flags, autocast, and the like.
-        outside: the flags and settings of the modules that a function refers to without owning them.
+        modes: autocast and the like.
+        outside: the modules that a function refers to without owning them, as they were.
+        parts: of the model, the loss and those modules, what Dynamo can compare.
         settings: those of all modules that Dynamo can compare.
         lowering: from a graph, and whether it has dynamic dimensions, to what is called.
         run: the final graph, lowered.
@@ -56,7 +58,8 @@ class Specialization:
     traced_with: list[list[tuple[Any, ...]]]
     others: list[Any]
     modes: list[Any]
-    outside: list[Any]
+    outside: Reading
+    parts: list[tuple[nn.Module, list[Any]]]
     settings: list[tuple[nn.Module, str, Any]]
     lowering: Lowering
     run: Callable[..., Any]
@@ -116,10 +119,15 @@ class Specialization:
         present = [leaf is not None for leaf in leaves]
         return [leaf for leaf in leaves if leaf is not None] if present == self.seeds.present else None
 
-    def fits(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor], others: list[Any], modes: list[Any]) -> bool:
-        """Whether this served these shapes, dtypes, devices, other arguments and modes before; Dynamo reads this."""
-        kinds = [kind_of(t) for t in (*tensors, *stacks)]
-        same = kinds in self.traced_with and others == self.others and modes == self.modes
+    def fits(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor], others: list[Any]) -> bool:
+        """Whether this served these kinds of tensors, other arguments and modules before; Dynamo reads this."""
+        kinds = [[argument_kind_of(t) for t in tensors], [kind_of(t) for t in stacks]]
+        same = kinds in self.traced_with and others == self.others and modes() == self.modes
+        return same and self._has_its_modules()
+
+    def _has_its_modules(self) -> bool:
+        """Whether the modules are as they were, as far as Dynamo can compare them; Dynamo reads this."""
+        same = all([modules_of(top) == known for top, known in self.parts]) and self.program.is_tied_as_it_was()
         return same and all([getattr(module, name, None) == value for module, name, value in self.settings])
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
@@ -183,14 +191,15 @@ class Evaluation:
         return self.specialization(self.tensors, self.stacks)
 
 
-def outside_settings(program: Program) -> list[Any]:
-    """The flags and settings of the modules that the model or the loss refers to without owning them."""
-    return [(flags_of(top), settings_of(top)) for top in program.outside]
+def outside_of(program: Program) -> Reading:
+    """What can be read of the modules that the model or the loss refers to without owning them."""
+    reader = Reader()
+    return Reading(tuple(map(reader.modules, program.outside)), reader.kept)
 
 
-def is_as_captured(program: Program, outside: list[Any], tensors: Sequence[Tensor]) -> bool:
+def is_as_captured(program: Program, outside: Reading, tensors: Sequence[Tensor]) -> bool:
     """Whether what no signature can see is as it was: what a function or loss refers to, and constants."""
-    if outside_settings(program) != outside or not program.has_its_structures():
+    if outside_of(program) != outside or not program.has_its_structures() or not program.is_tied_as_it_was():
         return False
     for what, node in zip(program.inputs, program.placeholders, strict=True):
         traced = node.meta["val"]

@@ -18,14 +18,15 @@ from fomoh_fx import lower
 from fomoh_fx.cache import MOST, Cache
 from fomoh_fx.capture import Call, Program, capture
 from fomoh_fx.capture.frontends import CAPTURING, quiet
+from fomoh_fx.capture.reading import kind_of
 from fomoh_fx.dynamic_shapes import dynamic_dims, must_vary
 from fomoh_fx.errors import ArgumentError, SpecialisationError, UnsupportedOpError
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.passes import pipeline
 from fomoh_fx.passes.data_sizes import ADVICE
 from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, positional_names, refuse_lazy, selected_parameters
-from fomoh_fx.signature import Signature, kind_of, modes_of, plain_settings, signature_of
-from fomoh_fx.specialization import Evaluation, Specialization, outside_settings
+from fomoh_fx.signature import Signature, argument_kind_of, modes, modules_of, plain_settings, signature_of
+from fomoh_fx.specialization import Evaluation, Specialization, outside_of
 
 Curvature = Literal["hessian", "ggn"]
 
@@ -142,13 +143,12 @@ class HyperDualModule(nn.Module):
         leaves = pytree.tree_leaves((args, kwargs, () if targets is None else tuple(targets)))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-        modes = modes_of(self.module, self.loss)
         for specialization in self._traced:
             stacks = specialization.stacks_of(tangents)
             program = specialization.program
             if program.constants or program.structures or program.goes_by_offset:  # Dynamo cannot read if they changed
                 continue
-            if stacks is not None and specialization.fits(tensors, stacks, others, modes):
+            if stacks is not None and specialization.fits(tensors, stacks, others):
                 return specialization(tensors, stacks)
         return _refuse_untraced()
 
@@ -195,7 +195,7 @@ class HyperDualModule(nn.Module):
         return call, parameter_seeds(self.module, self.wrt, tangents)
 
     def _specialize(self, call: Call, seeds: Seeds, dynamic_shapes: Any = None) -> Specialization:
-        signature = signature_of(self.module, self.loss, call, seeds)
+        signature = signature_of(self.model, self.loss, call, seeds)
         dims = dynamic_dims(call, positional_names(self.model, len(call.args)), dynamic_shapes)
         found = self._found(call, signature, dims)
         if found is None:
@@ -213,9 +213,9 @@ class HyperDualModule(nn.Module):
         """One that serves the call, found again by its signature."""
         serving = (s for s in self._traced if s.covers(dims) and s.serves(signature, call.tensors))
         found = next((s for s in serving if s.holds(call.tensors)), None) or self._compile(call, seeds, signature, dims)
-        key = replace(signature, rest=found.signature.rest)  # which is equal, and not kept for every size
+        key = replace(found.signature, shapes=signature.shapes)  # the rest is equal, and not kept for every size
         self._specializations.add(key, found, self.most_specializations)
-        found.traced_with.append([kind_of(t) for t in (*call.tensors, *seeds.stacks)])
+        found.traced_with.append([[argument_kind_of(t) for t in call.tensors], [kind_of(t) for t in seeds.stacks]])
         return found
 
     def _compile(
@@ -252,7 +252,7 @@ class HyperDualModule(nn.Module):
             )
         if dims is not None:
             _refuse_fixed(program, dims)
-        loss = [self.loss] if isinstance(self.loss, nn.Module) else []
+        tops = [top for top in (self.model, self.loss, *program.outside) if isinstance(top, nn.Module)]
         return Specialization(
             program,
             compiled,
@@ -263,9 +263,10 @@ class HyperDualModule(nn.Module):
             dims,
             traced_with=[],
             others=list(call.others),
-            modes=modes_of(self.module, self.loss),
-            outside=outside_settings(program),
-            settings=plain_settings(self.module, *loss, *program.outside),
+            modes=modes(),
+            outside=outside_of(program),
+            parts=[(top, modules_of(top)) for top in tops],
+            settings=plain_settings(*tops),
             lowering=self.lowering,
             run=self.lowering(compiled.final, dims is not None),
         )

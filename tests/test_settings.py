@@ -138,3 +138,85 @@ def test_what_changes_no_graph_is_not_captured_again(get, put, value):
     with changed(get, put, value):
         hd(X, tangents=tangents)
     assert len(hd._traced) == 1
+
+
+class Layers(nn.Module):
+    """Two layers alike, and buffers alike, in a list and under a name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3)])
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x).sum()
+
+
+def replaced_layer(model):
+    model.head = nn.Linear(3, 1).double().eval()
+
+
+def swapped_layers(model):
+    model.layers[0], model.layers[2] = model.layers[2], model.layers[0]
+
+
+def swapped_buffers(model):
+    model.layers[1], model.layers[3] = model.layers[3], model.layers[1]
+
+
+@pytest.fixture
+def layers():
+    torch.manual_seed(0)
+    model = Layers().double()
+    for layer in (model.layers[1], model.layers[3]):
+        nn.init.normal_(layer.running_mean)
+    return model.eval()
+
+
+REPLACED = [replaced_layer, swapped_layers, swapped_buffers]
+
+
+@pytest.mark.parametrize("replace", REPLACED)
+def test_other_layers_are_noticed(layers, replace):
+    hd = fomoh_fx.transform(layers)
+    tangents = {"head.bias": X[:1, :1]}
+    hd(X, tangents=tangents)
+    replace(layers)
+    torch.testing.assert_close(hd(X, tangents=tangents).primal, layers(X).detach())
+    layers.head.weight = nn.Parameter(2 * layers.head.weight.detach())
+    torch.testing.assert_close(hd(X, tangents=tangents).primal, layers(X).detach())
+    assert len(hd._traced) == 2
+
+
+@pytest.mark.parametrize("replace", REPLACED[::2])
+def test_torch_compile_notices_other_layers(layers, replace):
+    hd = fomoh_fx.transform(layers)
+    tangents = {"head.bias": X[:1, :1]}
+    hd(X, tangents=tangents)
+    torch._dynamo.reset()
+    compiled = torch.compile(hd, backend="eager", fullgraph=True)
+    compiled(X, tangents=tangents)
+    replace(layers)
+    with pytest.raises(Exception, match="a signature that was not traced"):
+        compiled(X, tangents=tangents)
+    hd(X, tangents=tangents)
+    torch.testing.assert_close(compiled(X, tangents=tangents).primal, layers(X).detach())
+
+
+def test_a_loss_and_a_module_of_a_function_with_another_layer(layers):
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 1).double()
+
+        def forward(self, output):
+            return self.layer(output).sum()
+
+    loss = Loss()
+    hd = fomoh_fx.transform(lambda x: layers(x) * x, loss, wrt="inputs")
+    for change in (lambda: None, lambda: swapped_layers(layers), lambda: setattr(loss, "layer", Loss().layer)):
+        change()
+        out = hd(X, tangents=(X[None],), targets=())
+        torch.testing.assert_close(out.primal, loss(layers(X) * X).detach())

@@ -404,17 +404,19 @@ def _requiring_gradient(x: Tensor) -> Tensor:
 
 def _share_tied(program: Program) -> None:
     """One tensor under several names is one input, under its first name: export lists it under each of them."""
-    first: dict[int, fx.Node] = {}
+    first: dict[int, tuple[fx.Node, Input]] = {}
     kept: list[Input] = []
+    tied: list[tuple[Input, Input]] = []
     for node, what in zip(program.placeholders, program.inputs, strict=True):
         if what.module is not None:
-            tied = first.setdefault(id(what.value(())), node)
-            if tied is not node:
-                node.replace_all_uses_with(tied)
+            same, there = first.setdefault(id(what.value(())), (node, what))
+            if same is not node:
+                node.replace_all_uses_with(same)
                 program.module.graph.erase_node(node)
+                tied.append((there, what))
                 continue
         kept.append(what)
-    program.inputs = kept
+    program.inputs, program.tied = kept, tied
 
 
 def _name_inputs(program: Program) -> None:

@@ -294,6 +294,7 @@ class Program:
     refused: list[str] = field(default_factory=list)
     assignments: Sequence[Assignment] = ()  # their tensors are the last outputs
     numbers: Sequence[ChangedNumbers] = ()  # in containers, and the run changes them
+    tied: Sequence[tuple[Input, Input]] = ()  # an input, and another place that had its tensor
     structures: Sequence[tuple[nn.Module, str, Any]] = ()  # attributes with containers, and what the graph is for
     ties: Sequence[Sequence[tuple[nn.Module, Keys]]] = ()  # places that had one tensor, which is one input
 
@@ -312,6 +313,10 @@ class Program:
             leaves.append(made.filled([copies[number] for number in made.numbers], arguments))
         for made, filled in zip(self.assignments, leaves, strict=True):
             made.apply(filled)
+
+    def is_tied_as_it_was(self) -> bool:
+        """Whether what is one input is still one tensor; Dynamo reads this."""
+        return all([one.value(()) is other.value(()) for one, other in self.tied])
 
     def has_its_structures(self) -> bool:
         """Whether the containers that the model changes or computes with have what they had at capture."""

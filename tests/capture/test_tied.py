@@ -82,3 +82,80 @@ def test_a_module_with_two_names_is_as_before_a_refusal():
     with pytest.raises(CaptureError, match="first.sum"):
         fomoh_fx.transform(model)(torch.randn(4, 3).double(), tangents={"layer.bias": torch.ones(1, 3).double()})
     assert all(a is b for a, b in zip([*model.parameters(), *model.buffers()], before, strict=True))
+
+
+class Two(nn.Module):
+    """Uses two tensors that may be one, and another one."""
+
+    def __init__(self, put, get, kind):
+        super().__init__()
+        self.scale, self.items = nn.Parameter(torch.ones(3).double()), {}
+        self.put, self.get = put, get
+        for name, number in (("first", 2.0), ("second", 3.0), ("other", 4.0)):
+            put(self, name, kind(torch.full((3,), number).double()))
+
+    def forward(self, x):
+        first, second, other = (self.get(self, name) for name in ("first", "second", "other"))
+        return (x * self.scale * (first**2 + 10 * second**3 + 100 * other)).sum()
+
+
+def in_items(model, name, tensor):
+    model.items[name] = tensor
+
+
+def by_key(model, name):
+    return model.items[name]
+
+
+PLACES = {
+    "parameters": (setattr, getattr, nn.Parameter),
+    "buffers": (nn.Module.register_buffer, getattr, torch.Tensor.clone),
+    "attributes": (setattr, getattr, torch.Tensor.clone),
+    "container": (in_items, by_key, torch.Tensor.clone),
+}
+X = torch.linspace(0.1, 1, 3, dtype=torch.float64)
+
+
+def check_derivative(hd, model):
+    """The derivative in all parameters that there are, along ones."""
+    out = hd(X, tangents={name: torch.ones(1, *p.shape).double() for name, p in model.named_parameters()})
+    value = model(X)
+    gradients = torch.autograd.grad(value, list(model.parameters()))
+    torch.testing.assert_close(out.primal, value.detach())
+    torch.testing.assert_close(out.tangent, sum(g.sum() for g in gradients)[None])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_ties_that_come_go_and_move(place):
+    put, get, kind = PLACES[place]
+    model = Two(put, get, kind)
+    hd = fomoh_fx.transform(model)
+    tensors = {name: get(model, name) for name in ("first", "second", "other")}
+    for name, same in (("second", "first"), ("second", "other"), ("second", "second"), ("first", "other")):
+        put(model, name, tensors[same])
+        check_derivative(hd, model)
+
+
+def test_ties_of_a_module_that_a_function_refers_to():
+    model = Two(setattr, getattr, nn.Parameter)
+    model.second = model.first
+    hd = fomoh_fx.transform(lambda x: model(x), wrt="inputs")
+    for _ in range(2):
+        torch.testing.assert_close(hd(X, tangents=(X[None],)).primal, model(X).detach())
+        model.second = model.other
+
+
+def test_torch_compile_notices_ties():
+    model = Two(setattr, getattr, nn.Parameter)
+    model.second = model.first
+    hd = fomoh_fx.transform(model)
+    tangents = {"scale": X[None]}
+    hd(X, tangents=tangents)
+    torch._dynamo.reset()
+    compiled = torch.compile(hd, backend="eager", fullgraph=True)
+    compiled(X, tangents=tangents)
+    model.second = model.other
+    with pytest.raises(Exception, match="a signature that was not traced"):
+        compiled(X, tangents=tangents)
+    hd(X, tangents=tangents)
+    torch.testing.assert_close(compiled(X, tangents=tangents).primal, model(X).detach())

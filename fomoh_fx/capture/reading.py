@@ -1,0 +1,198 @@
+"""What a model may read of values, as something hashable: equal as long as a model that reads the values does the same.
+
+Plain data count by their values, in containers and in objects that have nothing else; tensors by their kinds, and by
+which of them are one tensor; modules, functions, classes and all other objects by identity.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fomoh_fx.capture.state import STANDARD, is_record
+
+_EXACT = {bool, int, str, type(None)}  # equal ones of one type are the same; of floats 0.0 and -0.0 are not
+_SIMPLE = {float, *_EXACT}
+_CONSTANTS = {
+    *_EXACT, bytes, FunctionType, BuiltinFunctionType, type, torch.dtype, torch.device, torch.layout,
+    torch.memory_format,
+}  # fmt: skip
+_MOST = 10_000  # objects and containers that are read for their contents
+_MOST_BYTES = 2**20  # of an array that is read for its contents
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read; ``kept`` are the objects that count by identity, alive so that no other one gets it."""
+
+    values: tuple[Any, ...]
+    kept: list[Any] = field(compare=False)
+
+
+def kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What a model may ask of a tensor, beside its values; Dynamo reads this."""
+    return tensor.shape, tensor.dtype, tensor.device, strides_of(tensor), tensor.requires_grad
+
+
+def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """The layout of a tensor that is not contiguous: a recorded view is legal for one layout. Dynamo reads this."""
+    return None if tensor.is_contiguous() else tensor.stride()
+
+
+class Reader:
+    """Reads values one after the other: what it has met before is told from what is only equal."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+        self._met: dict[int, int] = {}  # tensors, objects and containers by identity
+        self._objects = 0  # that are being read, one in the other
+        self._limit = 0  # of what is met meanwhile
+        self._by_identity: set[int] = set()  # objects that turned out to count so
+
+    def modules(self, top: nn.Module) -> tuple[Any, ...]:
+        """What makes every submodule compute what it does, beside the numbers in its tensors."""
+        return tuple([self._module(m) for m in top.modules()])
+
+    def value(self, value: Any) -> Any:
+        """What may be read of any value."""
+        kind = type(value)
+        if kind in _CONSTANTS:
+            return kind, value
+        if kind is float:
+            return value.hex()
+        if isinstance(value, Tensor):
+            return self.tensor(value)
+        if isinstance(value, (list, tuple, deque)):
+            return kind, getattr(value, "maxlen", None), self._contents(value, self._values)
+        if isinstance(value, dict):
+            return kind, self._contents(value, self._items)
+        return self._other(value)
+
+    def tensor(self, tensor: Tensor | None) -> Any:
+        """The kind of a tensor where it is first met, and its number."""
+        if tensor is None:
+            return None
+        number = self._met.get(id(tensor))
+        if number is not None:
+            return number
+        self._met[id(tensor)] = number = len(self._met)
+        return number, type(tensor), kind_of(tensor)
+
+    def _module(self, module: nn.Module) -> tuple[Any, ...]:
+        own = vars(module)
+        children = own["_modules"]
+        self.kept.append(module)
+        return (
+            id(module),
+            type(module),
+            module.training,
+            (*children, *map(id, children.values())),
+            tuple(own["_forward_pre_hooks"]),  # by numbers that PyTorch gives only once
+            tuple(own["_forward_hooks"]),
+            tuple(own["_backward_pre_hooks"]),
+            tuple(own["_backward_hooks"]),
+            tuple([(name, self.tensor(t)) for name, t in own["_parameters"].items()]),
+            tuple([(name, self.tensor(t)) for name, t in own["_buffers"].items()]),
+            tuple([(name, self.value(value)) for name, value in own.items() if name not in STANDARD]),
+        )
+
+    def _other(self, value: Any) -> Any:
+        """What may be read of what is neither plain, nor a tensor, nor a list or dictionary."""
+        if isinstance(value, (nn.Module, type, Enum)):
+            return self._identity(value)
+        if isinstance(value, MethodType):
+            return MethodType, value.__func__, self.value(value.__self__)
+        if isinstance(value, partial):
+            return partial, self.value(value.func), self._values(value.args), self._items(value.keywords)
+        if isinstance(value, complex):
+            return type(value), value.real.hex(), value.imag.hex()
+        if isinstance(value, slice):
+            return slice, self._values((value.start, value.stop, value.step))
+        if isinstance(value, Set):
+            return type(value), frozenset(map(self.value, value))
+        if is_record(value):
+            return self._object(value)
+        if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tobytes"):
+            return self._array(value)
+        return self._unknown(value)
+
+    def _contents(self, value: Any, read: Any) -> Any:
+        """What is in a container; a mutable one may be in itself, and two places may have one."""
+        if isinstance(value, tuple):
+            return read(value)
+        number = self._met.get(id(value))
+        if number is not None:
+            return number
+        self._met[id(value)] = len(self._met)
+        if self._objects and len(self._met) > self._limit:
+            raise _Unknown
+        return read(value)
+
+    def _values(self, values: Iterable[Any]) -> Any:
+        values = tuple(values)
+        kinds = {*map(type, values)}
+        if kinds <= _EXACT:
+            return (*kinds, values) if len(kinds) < 2 else (tuple(map(type, values)), values)
+        if kinds <= _SIMPLE:
+            return tuple(map(repr, values))
+        return tuple([self.value(value) for value in values])
+
+    def _items(self, items: dict[Any, Any]) -> Any:
+        return self._values(items), self._values(items.values())
+
+    def _object(self, value: Any) -> Any:
+        """An object by the values in it, unless there is one that counts by identity, or too many."""
+        if id(value) in self._by_identity:
+            return self._identity(value)
+        met, kept = len(self._met), len(self.kept)
+        self._objects += 1
+        self._limit = self._limit if self._objects > 1 else met + _MOST
+        try:
+            return type(value), self._contents(value, lambda record: self._items(vars(record)))
+        except (_Unknown, RecursionError):
+            if self._objects > 1:
+                raise
+        finally:
+            self._objects -= 1
+        for key in list(self._met)[met:]:
+            del self._met[key]
+        del self.kept[kept:]
+        self._by_identity.add(id(value))
+        return self._identity(value)
+
+    def _array(self, value: Any) -> Any:
+        if value.dtype.hasobject or value.nbytes > _MOST_BYTES:
+            return self._unknown(value)
+        return type(value), value.dtype.str, value.shape, value.strides, value.tobytes()
+
+    def _unknown(self, value: Any) -> Any:
+        """What counts by identity, and so does the object that has it; a constant of a library goes by equality."""
+        if type(value).__eq__ is not object.__eq__ and _is_hashable(value):
+            return type(value), value
+        if self._objects and not callable(value):
+            raise _Unknown
+        return self._identity(value)
+
+    def _identity(self, value: Any) -> Any:
+        self.kept.append(value)
+        return "is", id(value)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+class _Unknown(Exception):
+    """An object has something that counts by identity."""
