@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from fomoh_fx.capture import Call
-from fomoh_fx.capture.reading import Reader, kind_of
+from fomoh_fx.capture.reading import Reader, kind_of, unusual_strides_of
 from fomoh_fx.capture.state import STANDARD
 from fomoh_fx.rules.products import products_are_exact
 from fomoh_fx.seeds import Seeds
@@ -34,7 +34,7 @@ class Signature:
 def signature_of(model: Any, loss: Any, call: Call, seeds: Seeds) -> Signature:
     """The signature of one call of the model (and loss)."""
     reader = Reader()
-    kinds = tuple([(argument_kind_of(t)[1:], t.is_conj(), t.is_neg()) for t in call.tensors])
+    kinds = tuple([(*argument_kind_of(t)[1:], t.is_conj(), t.is_neg(), unusual_strides_of(t)) for t in call.tensors])
     others = tuple(map(reader.value, call.others))
     modules = [reader.modules(f) if isinstance(f, nn.Module) else reader.value(f) for f in (model, loss)]
     default = torch.get_default_device(), products_are_exact(), *modes()
@@ -61,14 +61,29 @@ def modes() -> list[Any]:
 
 
 #: Settings that Dynamo can compare.
-_PLAIN = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
+_PLAIN = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType, MethodType, torch.dtype)
 
 
 def plain_settings(*modules: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """The settings of modules that Dynamo can compare: by submodule and name."""
+    """The settings of modules that Dynamo can compare: by submodule and name, what changes in place as a copy."""
     parts = [m for top in modules for m in top.modules()]
     own = [(m, name, value) for m in parts for name, value in vars(m).items() if name not in STANDARD]
-    return [(m, name, value) for m, name, value in own if type(value) in _PLAIN]
+    return [(m, name, _copied(value)) for m, name, value in own if _is_comparable(value)]
+
+
+def _copied(value: Any) -> Any:
+    """A copy of the containers in a setting."""
+    if type(value) is dict:
+        return {key: _copied(inner) for key, inner in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
+
+
+def _is_comparable(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return all(map(_is_comparable, value))
+    if type(value) is dict:
+        return all(map(_is_comparable, value.values()))
+    return type(value) in _PLAIN or isinstance(value, (type, nn.Module))
 
 
 def modules_of(top: nn.Module) -> list[Any]:

@@ -1,10 +1,13 @@
 """What a model reads while it is captured is part of the signature: after a change it is captured again."""
 
 from contextlib import contextmanager
+from types import MethodType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import fomoh_fx
 
@@ -220,3 +223,141 @@ def test_a_loss_and_a_module_of_a_function_with_another_layer(layers):
         change()
         out = hd(X, tangents=(X[None],), targets=())
         torch.testing.assert_close(out.primal, loss(layers(X) * X).detach())
+
+
+class Reads(nn.Module):
+    """Multiplies by what it reads of itself."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.layer, self.read = nn.Linear(3, 3), read
+        self.config, self.layers, self.pair = SimpleNamespace(scale=2.0), {"act": nn.Tanh()}, (1, 2)
+        self.constant, self.activation, self.kind = torch.ones(3).double(), self.sine, nn.Tanh
+        self.numbers = [[1, 2.0]]
+        self.register_buffer("buffer", torch.ones(3))
+
+    def sine(self, y):
+        return y.sin()
+
+    def cosine(self, y):
+        return y.cos()
+
+    def forward(self, x):
+        return self.read(self, self.layer(x)).sum()
+
+
+def put(name, value):
+    return lambda model: setattr(model, name, value)
+
+
+def other_forward(self, x):
+    return self.layer(x).exp().sum()
+
+
+READS = {
+    "config": (lambda m, y: y * m.config.scale, lambda m: setattr(m.config, "scale", 3.0)),
+    "pair": (lambda m, y: y * m.pair[0], put("pair", (5, 2))),
+    "a module in a dictionary": (lambda m, y: m.layers["act"](y), lambda m: m.layers.update(act=nn.Sigmoid())),
+    "method": (lambda m, y: m.activation(y), lambda m: setattr(m, "activation", m.cosine)),
+    "forward": (lambda m, y: y, lambda m: setattr(m, "forward", MethodType(other_forward, m))),
+    "class": (lambda m, y: m.kind()(y), put("kind", nn.Sigmoid)),
+    "a list": (lambda m, y: y * m.numbers[0][1], lambda m: m.numbers[0].__setitem__(1, 5.0)),
+    "a buffer that requires a gradient": (
+        lambda m, y: y * (2 if m.buffer.requires_grad else 1),
+        lambda m: m.buffer.requires_grad_(),
+    ),
+    "an attribute that requires a gradient": (
+        lambda m, y: y * (2 if m.constant.requires_grad else 1),
+        lambda m: m.constant.requires_grad_(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_change_of_what_it_reads_of_itself(name):
+    read, change = READS[name]
+    model = Reads(read).double()
+    hd = fomoh_fx.transform(model)
+    tangents = {"layer.bias": X[:1]}
+    for _ in range(2):
+        torch.testing.assert_close(hd(X, tangents=tangents).primal, model(X).detach())
+    change(model)
+    for _ in range(2):
+        torch.testing.assert_close(hd(X, tangents=tangents).primal, model(X).detach())
+    assert len(hd._traced) == 2
+
+
+def test_hooks_of_all_modules():
+    model = Reads(lambda m, y: y.sin()).double()
+    hd = fomoh_fx.transform(model)
+    tangents = {"layer.bias": X[:1]}
+    hd(X, tangents=tangents)
+    handle = register_module_forward_hook(lambda module, args, out: out * 3 if module is model else None)
+    try:
+        torch.testing.assert_close(hd(X, tangents=tangents).primal, model(X).detach())
+    finally:
+        handle.remove()
+
+
+ONES, COMPLEX = torch.ones(3).double(), torch.tensor([1j, 2, 1 + 1j], dtype=torch.complex128)
+ARGUMENTS = {
+    "zero": (lambda x, s: x * torch.copysign(torch.ones(()).double(), torch.tensor(s)), 0.0, -0.0),
+    "leaf": (
+        lambda x, d: x * (2 if d.is_leaf else 1),
+        ONES.clone().requires_grad_(),
+        ONES.clone().requires_grad_() * 1,
+    ),
+    "parameter": (
+        lambda x, d: x * (2 if isinstance(d, nn.Parameter) else 1),
+        ONES.clone().requires_grad_(),
+        nn.Parameter(ONES.clone()),
+    ),
+    "conj": (lambda x, d: x * torch.view_as_real(d.resolve_conj())[:, 1], COMPLEX, COMPLEX.conj()),
+    "is conj": (lambda x, d: x * (2 if d.is_conj() else 1) * d.imag, COMPLEX, COMPLEX.conj()),
+    "is neg": (lambda x, d: x * (2 if d.is_neg() else 1) * d, ONES, torch._neg_view(ONES)),
+    "strides": (lambda x, d: x * d.stride(0), torch.ones(1, 4), torch.ones(1, 4).as_strided((1, 4), (100, 1))),
+}
+
+
+@pytest.mark.parametrize("name", ["pair", "method", "class", "a list", "a module in a dictionary"])
+def test_torch_compile_notices_what_it_reads_of_itself(name):
+    read, change = READS[name]
+    model = Reads(read).double()
+    hd = fomoh_fx.transform(model)
+    tangents = {"layer.bias": X[:1]}
+    hd(X, tangents=tangents)
+    torch._dynamo.reset()
+    compiled = torch.compile(hd, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X, tangents=tangents).primal, model(X).detach())
+    change(model)
+    with pytest.raises(Exception, match="a signature that was not traced"):
+        compiled(X, tangents=tangents)
+    hd(X, tangents=tangents)
+    torch.testing.assert_close(compiled(X, tangents=tangents).primal, model(X).detach())
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_it_asks_of_an_argument(name):
+    function, *values = ARGUMENTS[name]
+    hd = fomoh_fx.transform(function, wrt="inputs")
+    for value in (*values, *values):
+        torch.testing.assert_close(hd(X, value, tangents=(X[None], None)).primal, function(X, value).detach())
+    assert len(hd._traced) == 2
+
+
+@pytest.mark.parametrize("argument", [np.array([2.0]), SimpleNamespace(k=2.0), {2.0}], ids=["array", "object", "set"])
+def test_an_argument_that_is_changed_in_place(argument):
+    def function(x, a):
+        return x.sin() * float(a.k if isinstance(a, SimpleNamespace) else next(iter(a)))
+
+    hd = fomoh_fx.transform(function, wrt="inputs")
+    for number in (2.0, 5.0, 2.0):
+        if isinstance(argument, np.ndarray):
+            argument[0] = number
+        elif isinstance(argument, set):
+            argument.clear()
+            argument.add(number)
+        else:
+            argument.k = number
+        torch.testing.assert_close(hd(X, argument, tangents=(X[None], None)).primal, function(X, argument))
+    assert len(hd._traced) == 2

@@ -47,6 +47,18 @@ def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
     return None if tensor.is_contiguous() else tensor.stride()
 
 
+def unusual_strides_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """The strides of a contiguous tensor that has others where the size is 1, which counts as contiguous."""
+    if 1 not in tensor.shape or tensor.layout != torch.strided:
+        return None
+    step = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if stride != step:
+            return tensor.stride()
+        step *= size
+    return None
+
+
 class Reader:
     """Reads values one after the other: what it has met before is told from what is only equal."""
 

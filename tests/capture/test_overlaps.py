@@ -214,3 +214,24 @@ def test_an_argument_that_only_decides():
     with pytest.raises(CaptureError, match="counts is changed in place and shares memory with decides"):
         hd(X, memory[:1], memory, tangents=(X[None], None, None))
     assert not memory.any()
+
+
+def test_an_attribute_that_became_another_one():
+    class Has(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+            self.changed, self.read = torch.zeros(()).double(), torch.ones(()).double()
+
+        def forward(self, x):
+            self.changed.add_(1)
+            return (x.exp() * self.scale).sum() * self.read
+
+    model = Has()
+    hd = fomoh_fx.transform(model)
+    tangents = {"scale": torch.ones(1, 3, dtype=torch.float64)}
+    other = model.read
+    for read, number in ((other, 1.0), (model.changed, 2.0), (model.changed, 3.0), (other, 1.0)):
+        model.read = read
+        torch.testing.assert_close(hd(X, tangents=tangents).primal, X.exp().sum() * number)
+    assert model.changed == 4 and len(hd._traced) == 2
