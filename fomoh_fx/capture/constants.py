@@ -82,7 +82,7 @@ _FACTORIES = {
 
 
 #: These change the running statistics, and their versions do not tell.
-_KEEP_STATISTICS = {
+KEEP_STATISTICS = {
     torch.nn.functional.batch_norm, torch.nn.functional.instance_norm, torch.batch_norm, torch.instance_norm,
     torch.native_batch_norm, torch.batch_norm_update_stats, torch.cudnn_batch_norm, torch.miopen_batch_norm,
 }  # fmt: skip
@@ -164,7 +164,7 @@ class AsConstants(TorchFunctionMode):
             given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
             names = {name for name, (constant, _) in self.put.items() if id(constant) in given}
             self.used |= names
-            if func in _KEEP_STATISTICS:
+            if func in KEEP_STATISTICS:
                 self.changed |= names
         if self.values is not None and func in _FACTORIES and _are_numbers(args, kwargs):
             with unset_fake_temporarily(), disable_proxy_modes_tracing():

@@ -24,6 +24,8 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fomoh_fx.capture.aliases import Aliases, is_differentiable, is_view, stopped
+from fomoh_fx.capture.constants import KEEP_STATISTICS
 from fomoh_fx.capture.constructors import class_of
 from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.untraceable import traceable
@@ -58,7 +60,7 @@ def _call_under_transforms(function: type[torch.autograd.Function], *args: Any, 
     return _UNDER_TRANSFORMS(function, *args, **kwargs)
 
 
-_STOPS = {torch.Tensor.detach, torch.detach}
+_STOPS = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 _GRAD_MODE = {torch._C._set_grad_enabled}
 _IS_LEAF = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
 _GRADIENTS = {torch.Tensor.grad.__get__, torch.Tensor._grad.__get__}  # type: ignore[attr-defined]
@@ -111,7 +113,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         self.made: list[weakref.ref[Tensor]] = []
         self.has_denied = False
         self.asks_for_offset = False
-        self._stopped_views: dict[int, tuple[Tensor, Tensor]] = {}  # by id: x.detach() or x.data, and x
+        self._aliases = Aliases(self._remember)
         self._shared: list[list[tuple[weakref.ref[Tensor], int]]] = []  # of one memory after x.data = y, with versions
         self._moved: list[weakref.ref[Tensor]] = []  # x after x.data = y, which its earlier views are no part of
         self._later_views: list[weakref.ref[Tensor]] = []  # views of those since then
@@ -130,11 +132,16 @@ class ReverseModeSemantics(TorchFunctionMode):
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
         self._patches.close()
-        self._stopped_views.clear()
+        self._aliases.clear()
         self._shared.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled() and func not in _GRAD_MODE:  # no_grad without versions
+            with torch.inference_mode(False), torch.no_grad():
+                return self.__torch_function__(func, types, args, kwargs)
+        self._aliases.follow()  # a custom Function may have changed something since the last call
         result = self._call(func, args, kwargs or {})
+        self._aliases.follow()
         results = result if isinstance(result, (tuple, list)) else (result,)
         if self._shared:
             self._refuse_shared()
@@ -172,27 +179,25 @@ class ReverseModeSemantics(TorchFunctionMode):
             return None
         if changes_arguments(called := _overload(func)):
             return self._change_arguments(called, args, kwargs)
-        if mutates(func) and args and isinstance(args[0], Tensor) and is_real(args[0]):
+        if mutates(func) and args and isinstance(args[0], Tensor):
             self._remember(args[0])
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             return self._set_data(*args)
-        if func in _STOPS or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
-            stopped = ops.stop_gradient.default(args[0])
-            self._stopped_views[id(stopped)] = (stopped, args[0])
-            return stopped
+        if func in _STOPS:
+            return self._aliases.of(args[0])
         if func in _RENORMALISE and (bound := _bound(func, args, kwargs)).arguments["max_norm"] is not None:
             return self._renormalised(func, bound)
-        if mutates(func) and args and id(args[0]) in self._stopped_views:
-            return self._mutate_source(func, args, kwargs)
         if func is torch.Tensor.detach_:
             return args[0].copy_(ops.stop_gradient.default(args[0]))
         if func is torch.autograd.grad and not kwargs["create_graph"]:
-            return pytree.tree_map_only(Tensor, _stopped, func(*args, **kwargs))
-        if torch.is_grad_enabled() or not _computes(func):
-            return func(*args, **kwargs)
-        if mutates(func) and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-            return self._mutate_value(func, args, kwargs)
-        return pytree.tree_map_only(Tensor, _stopped, func(*args, **kwargs))
+            return pytree.tree_map_only(Tensor, stopped, func(*args, **kwargs))
+        if torch.is_grad_enabled() or func in _ATTRIBUTES:
+            result = func(*args, **kwargs)
+        else:
+            result = self._without_gradient(func, args, kwargs)
+        if func in KEEP_STATISTICS:
+            _note_statistics(args, kwargs)
+        return result
 
     def own(self, tensor: Tensor) -> Tensor:
         """What stands for the tensor in the run: another one for a foreign tensor that is known, itself otherwise."""
@@ -209,28 +214,43 @@ class ReverseModeSemantics(TorchFunctionMode):
 
     def source_of(self, tensor: Tensor) -> Tensor | None:
         """For ``x.detach()`` or ``x.data``, x."""
-        return self._stopped_views[id(tensor)][1] if id(tensor) in self._stopped_views else None
+        return self._aliases.source(tensor)
 
     def _remember(self, tensor: Tensor) -> None:
         """Capture changes no state: a foreign tensor that the model changes in place is restored afterwards."""
-        if not any(tensor is known for known, _ in self.before):
+        if is_real(tensor) and not any(tensor is known for known, _ in self.before):
             with unset_fake_temporarily(), disable_proxy_modes_tracing():
                 self.before.append((tensor, tensor.detach().clone()))
 
     def _change_each(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         """In place on a list: one after the other, so that each is noticed."""
-        values = getattr(torch.ops.aten, func.__name__[:-1])(*args, **kwargs)
-        for target, value in zip(args[0], values, strict=True):
+        op = getattr(torch.ops.aten, func.__name__[:-1])
+        for i, target in enumerate(args[0]):
+            given = [[x[i]] if isinstance(x, (list, tuple)) else x for x in args]
+            others = {name: [x[i]] if isinstance(x, (list, tuple)) else x for name, x in kwargs.items()}
+            (value,) = op(*given, **others)
             self._call(torch.Tensor.copy_, (target, value), {})
+            self._aliases.follow()
 
-    @staticmethod
-    def _mutate_value(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """In place under no_grad: autograd goes on with the old derivative and the new value."""
-        target = args[0]
-        before = target.clone()
-        out = func(*args, **kwargs)
-        target.copy_(ops.with_value.default(before, target))
-        return target if isinstance(out, Tensor) else out
+    def _without_gradient(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Under no_grad: a result has no derivative, and what is changed in place goes on with the one that it had.
+
+        What is given back is itself, as ``x.contiguous()`` may be.
+        """
+        if func in _DROPOUTS and kwargs.get("training") is False:
+            return args[0]
+        before = [(target, target.clone()) for target in _changed(func, args, kwargs) if is_differentiable(target)]
+        result = func(*args, **kwargs)
+        for target, old in before:
+            target.copy_(ops.with_value.default(old, target))
+        given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs), is_leaf=_is_size)}
+
+        def without(tensor: Tensor) -> Tensor:
+            if id(tensor) in given or not is_differentiable(tensor):
+                return tensor
+            return self._aliases.of(tensor) if is_view(tensor) else stopped(tensor)
+
+        return pytree.tree_map_only(Tensor, without, result, is_leaf=_is_size)
 
     def _change_arguments(self, op: OpOverload, args: tuple[Any, ...], kwargs: Any) -> Any:
         """An operator of another library that changes its arguments: its functional form, and copies of the results."""
@@ -249,14 +269,10 @@ class ReverseModeSemantics(TorchFunctionMode):
 
     def _assign(self, target: Tensor, value: Tensor) -> None:
         """Give a tensor the value in place; its derivative goes on under no_grad."""
-        if is_real(target):
-            self._remember(target)
-        if not torch.is_grad_enabled() and (target.is_floating_point() or target.is_complex()):
+        self._remember(target)
+        if not torch.is_grad_enabled() and is_differentiable(target):
             value = ops.with_value.default(target.clone(), value)
         target.copy_(value)
-        if id(target) in self._stopped_views:
-            source = self._stopped_views[id(target)][1]
-            source.copy_(ops.with_value.default(source.clone(), target))
 
     def _set_data(self, target: Tensor, value: Tensor) -> None:
         """x.data = y: x keeps its derivative and has the value of y. They share memory then, and a graph has none."""
@@ -267,30 +283,37 @@ class ReverseModeSemantics(TorchFunctionMode):
             )
         if target._base is not None:
             raise UnsupportedOpError("the model assigns to the data of a view: make a new tensor instead")
-        if id(value) in self._stopped_views and self._stopped_views[id(value)][1] is target:  # x.data = x.data
+        if _strides(target) != _strides(value):
+            raise UnsupportedOpError(
+                f"the model assigns to the data of a tensor with strides {target.stride()} a tensor with strides "
+                f"{value.stride()}, which the graph would not keep: assign one laid out alike (.contiguous()), or make "
+                "a new tensor instead"
+            )
+        if self._aliases.source(value) is target or value._base is target:  # x.data = x.data
             return
-        others = {i: (t, x) for i, (t, x) in self._stopped_views.items() if t is not target and x is not target}
-        self._stopped_views = others  # x.detach() from before has the memory that x had
+        left = self._aliases.leave(target)  # x.detach() from before has the memory that x had
         with torch.no_grad():
             self._assign(target, value)
         self._later_views = [
             ref for ref in self._later_views if (view := ref()) is not None and view._base is not target
         ]
         self._moved.append(weakref.ref(target))
-        self._share(target, value)
+        self._share(target, value, left)
 
     def _owner(self, tensor: Tensor) -> Tensor:
         """The tensor whose memory it is, where it is a view or without derivative."""
-        while id(tensor) in self._stopped_views:
-            tensor = self._stopped_views[id(tensor)][1]
+        while (source := self._aliases.source(tensor)) is not None:
+            tensor = source
         return tensor if tensor._base is None else self._owner(tensor._base)
 
     def _is_moved(self, x: Tensor | None) -> bool:
         return x is not None and any(ref() is x for ref in self._moved)
 
-    def _share(self, target: Tensor, value: Tensor) -> None:
-        """From here on the target lies where the value does, and no longer where it did."""
+    def _share(self, target: Tensor, value: Tensor, left: Sequence[Tensor]) -> None:
+        """From here on the target lies where the value does, and no longer where it did, with what is left there."""
         groups = [[(ref, version) for ref, version in group if ref() is not target] for group in self._shared]
+        if left:
+            groups.append([(weakref.ref(x), x._version) for x in left])
         owner = self._owner(value)
         joined = next((group for group in groups if any(ref() is owner for ref, _ in group)), [])
         joined += [(weakref.ref(x), x._version) for x in (target, owner, value)]
@@ -301,17 +324,9 @@ class ReverseModeSemantics(TorchFunctionMode):
             tensors = {id(x): (x, version) for ref, version in group if (x := ref()) is not None}
             if len(tensors) > 1 and any(x._version != version for x, version in tensors.values()):
                 raise UnsupportedOpError(
-                    "the model assigns x.data = y, and then changes one of them in place, and with it the other: a "
-                    "graph has no memory that they share; assign a copy (y.clone())"
+                    "the model assigns x.data = y, and then changes in place one of two tensors that share memory: x "
+                    "and y, or what was detached from x before; a graph has no memory: assign a copy (y.clone())"
                 )
-
-    def _mutate_source(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """In place on x.detach() or x.data, which share memory with x: x keeps its derivative and has the new value."""
-        target, source = self._stopped_views[id(args[0])]
-        out = func(*args, **kwargs)
-        with torch.no_grad():
-            source.copy_(ops.with_value.default(source.clone(), target))
-        return out
 
     @staticmethod
     def _renormalised(func: Any, bound: inspect.BoundArguments) -> Any:
@@ -342,10 +357,27 @@ def _bound(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
     return bound
 
 
-def _computes(func: Any) -> bool:
-    """Whether the function computes tensors: not a property, not a query."""
-    return getattr(func, "__name__", "") not in ("__get__", "size", "dim", "stride", "numel", "is_floating_point")
+_F = torch.nn.functional
+#: What they return in evaluation is what they are given.
+_DROPOUTS = {_F.dropout, _F.dropout2d, _F.dropout3d, _F.alpha_dropout, _F.feature_alpha_dropout}
+
+#: They are there, whether gradients are enabled or not.
+_ATTRIBUTES = {torch.Tensor.grad.__get__, torch.Tensor._base.__get__}  # type: ignore[attr-defined]
 
 
-def _stopped(tensor: Tensor) -> Tensor:
-    return ops.stop_gradient.default(tensor) if tensor.is_floating_point() or tensor.is_complex() else tensor
+def _changed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that the call says it changes: by the function's name, ``out=`` or ``inplace=True``."""
+    is_first = mutates(func) or kwargs.get("inplace") is True
+    given = args[:1] if is_first else kwargs.get("out")
+    return [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+
+
+def _note_statistics(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """The running statistics may have changed, and their versions do not tell."""
+    others = [leaf for leaf in pytree.tree_leaves((args[1:], kwargs)) if isinstance(leaf, Tensor)]
+    torch.autograd.graph.increment_version([t for t in others if not t.requires_grad])
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Where it lies in memory: an only element has no next one."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1]
