@@ -55,7 +55,7 @@ class Specialization:
     seeds: Seeds
     signature: Signature
     dims: list[dict[int, Any]] | None
-    traced_with: list[list[tuple[Any, ...]]]
+    traced_with: list[list[list[tuple[Any, ...]]]]
     others: list[Any]
     modes: list[Any]
     outside: Reading

@@ -120,7 +120,7 @@ class _Normalizer(fx.Interpreter):
         assert isinstance(argument, fx.Node)
         *source, size, stride, offset = args if isinstance(args[-1], (int, SymInt, NoneType)) else (*args, None)
         try:
-            order, index = storage_index(argument.meta["val"], size, stride, offset)
+            order, index = storage_index(x, size, stride, offset, argument.meta["val"])
         except UnsupportedOpError:
             if self.current in self.active or argument.op != "placeholder":
                 raise

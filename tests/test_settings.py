@@ -130,7 +130,7 @@ def test_what_factories_make_is_on_the_default_device():
     [
         (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
         (torch.is_grad_enabled, torch._C._set_grad_enabled, False),
-        (lambda: torch.backends.cudnn.enabled, lambda value: setattr(torch.backends.cudnn, "enabled", value), False),
+        (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False),
     ],
     ids=["deterministic", "grad mode", "cudnn"],
 )

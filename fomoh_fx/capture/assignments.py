@@ -97,7 +97,7 @@ class Assignment:
     def apply(self, leaves: Sequence[Any]) -> None:
         """Assign the value with these leaves."""
         assert self.module is not None
-        value = None if self.spec is None else pytree.tree_unflatten(leaves, self.spec)
+        value: Any = None if self.spec is None else pytree.tree_unflatten(leaves, self.spec)
         if self.kind == "contents":
             _fill(follow(self.module, self.keys), value)
             return

@@ -168,7 +168,7 @@ class Reader:
         self._objects += 1
         self._limit = self._limit if self._objects > 1 else met + _MOST
         try:
-            return type(value), self._contents(value, lambda record: self._items(vars(record)))
+            return type(value), self._contents(value, lambda record: self._items(record.__dict__))
         except (_Unknown, RecursionError):
             if self._objects > 1:
                 raise

@@ -63,7 +63,7 @@ def _call_under_transforms(function: type[torch.autograd.Function], *args: Any, 
 _STOPS = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 _GRAD_MODE = {torch._C._set_grad_enabled}
 _IS_LEAF = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
-_GRADIENTS = {torch.Tensor.grad.__get__, torch.Tensor._grad.__get__}  # type: ignore[attr-defined]
+_GRADIENTS = {torch.Tensor.grad.__get__, torch.Tensor._grad.__get__}  # type: ignore[attr-defined,union-attr]
 _ASK_FOR_GRADIENT = {torch.Tensor.requires_grad.__get__, _IS_LEAF}  # type: ignore[attr-defined]
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
@@ -362,7 +362,7 @@ _F = torch.nn.functional
 _DROPOUTS = {_F.dropout, _F.dropout2d, _F.dropout3d, _F.alpha_dropout, _F.feature_alpha_dropout}
 
 #: They are there, whether gradients are enabled or not.
-_ATTRIBUTES = {torch.Tensor.grad.__get__, torch.Tensor._base.__get__}  # type: ignore[attr-defined]
+_ATTRIBUTES = {torch.Tensor.grad.__get__, torch.Tensor._base.__get__}  # type: ignore[attr-defined,union-attr]
 
 
 def _changed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,8 +45,10 @@ class ActivityDirections(RandomDirections):
         eps: added to sqrt(v).
     """
 
-    remembers = ("_previous", "feedback", "averages", "squares", "far", "agreement", "guesses", "length")
-    settings = ("previous_step", "count", "betas", "eps")
+    remembers: ClassVar[Sequence[str]] = (
+        "_previous", "feedback", "averages", "squares", "far", "agreement", "guesses", "length",
+    )  # fmt: skip
+    settings: ClassVar[Sequence[str]] = ("previous_step", "count", "betas", "eps")
 
     def __init__(
         self,

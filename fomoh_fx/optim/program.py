@@ -21,10 +21,10 @@ _COMPUTED = -1  # the source of an output that is none of the inputs
 class Remembering(Protocol):
     """An object that remembers tensors from step to step."""
 
-    remembers: ClassVar[
-        Sequence[str]
-    ]  #: names of the attributes that a step changes: tensors, or dictionaries of tensors
-    settings: ClassVar[Sequence[str]]  #: names of those that decide what it does: numbers and the like
+    #: Names of the attributes that a step changes: tensors, or dictionaries of tensors.
+    remembers: ClassVar[Sequence[str]]
+    #: Names of those that decide what it does: numbers and the like.
+    settings: ClassVar[Sequence[str]]
 
 
 class Program:

@@ -123,16 +123,18 @@ BY_STRIDES = {aten.as_strided.default: 3, aten.as_strided_scatter.default: 4}
 
 
 def storage_index(
-    x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None
+    x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None, stored: Tensor | None = None
 ) -> tuple[list[int], Tensor]:
     """An as_strided view of ``x`` as an index: the order of its dimensions in storage, and positions in that order.
 
-    A component's layout is its own, so it cannot be viewed through the primal's strides.
+    A component's layout is its own, so it cannot be viewed through the primal's strides. The storage is that of
+    ``stored`` where that is given; sizes are those of ``x``, which the graph knows.
     """
-    order = sorted(range(x.ndim), key=lambda d: (x.stride(d), x.shape[d] == 1), reverse=True)
-    if not x.permute(order).is_contiguous():
+    stored = x if stored is None else stored
+    order = sorted(range(x.ndim), key=lambda d: (stored.stride(d), stored.shape[d] == 1), reverse=True)
+    if not stored.permute(order).is_contiguous():
         raise UnsupportedOpError("as_strided of a tensor with gaps or overlaps in its storage: index it instead")
-    start = 0 if offset is None else offset - x.storage_offset()
+    start = 0 if offset is None else offset - stored.storage_offset()
     if start < 0 or start + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) >= max(x.numel(), 1):
         raise UnsupportedOpError("as_strided reaches elements of the storage outside of its argument: index the whole")
     positions = torch.arange(x.numel(), device=x.device)
