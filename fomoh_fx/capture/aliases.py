@@ -48,6 +48,14 @@ def _inner(x: Tensor) -> Tensor:
     return x
 
 
+def _behind(x: Tensor) -> Tensor:
+    """The tensor that a view is one of."""
+    return x if x._base is None else x._base
+
+
+_UNKNOWN = -1
+
+
 def _version(x: Tensor) -> int:
     return _inner(x)._version
 
@@ -91,6 +99,14 @@ class Aliases:
     def source(self, tensor: Tensor) -> Tensor | None:
         """What the tensor itself is an alias of."""
         return next((alias.source for alias in self._all if alias.tensor is tensor), None)
+
+    def note(self, changed: Tensor) -> None:
+        """The tensor was changed in place in a way that its version does not tell."""
+        for alias in self._all:
+            if _behind(alias.source) is _behind(changed):
+                alias.versions = (alias.versions[0], _UNKNOWN)
+            elif alias.tensor is _behind(changed):
+                alias.versions = (_UNKNOWN, alias.versions[1])
 
     def follow(self) -> None:
         """Give the values of what was changed to its aliases and sources, and to theirs."""

@@ -196,7 +196,8 @@ class ReverseModeSemantics(TorchFunctionMode):
         else:
             result = self._without_gradient(func, args, kwargs)
         if func in KEEP_STATISTICS:
-            _note_statistics(args, kwargs)
+            for statistic in _statistics(func, args, kwargs):
+                self._aliases.note(statistic)
         return result
 
     def own(self, tensor: Tensor) -> Tensor:
@@ -372,10 +373,11 @@ def _changed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> lis
     return [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
 
 
-def _note_statistics(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """The running statistics may have changed, and their versions do not tell."""
-    others = [leaf for leaf in pytree.tree_leaves((args[1:], kwargs)) if isinstance(leaf, Tensor)]
-    torch.autograd.graph.increment_version([t for t in others if not t.requires_grad])
+def _statistics(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The running statistics that the function may have changed: their versions do not tell."""
+    first = 1 if func in (_F.batch_norm, _F.instance_norm, torch.batch_norm_update_stats) else 3
+    given = (*args[first : first + 2], kwargs.get("running_mean"), kwargs.get("running_var"))
+    return [x for x in given if isinstance(x, Tensor)]
 
 
 def _strides(x: Tensor) -> list[int]:
