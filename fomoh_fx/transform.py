@@ -17,8 +17,9 @@ from fomoh_fx import inspect as inspection
 from fomoh_fx import lower
 from fomoh_fx.cache import MOST, Cache
 from fomoh_fx.capture import Call, Program, capture
-from fomoh_fx.capture.frontends import CAPTURING, quiet
+from fomoh_fx.capture.frontends import quiet
 from fomoh_fx.capture.reading import kind_of
+from fomoh_fx.capture.threads import CAPTURING, is_compiling
 from fomoh_fx.dynamic_shapes import dynamic_dims, must_vary
 from fomoh_fx.errors import ArgumentError, SpecialisationError, UnsupportedOpError
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
@@ -127,7 +128,7 @@ class HyperDualModule(nn.Module):
                 outside ``wrt``; the message begins with ``tangents``.
             CaptureError, UnsupportedOpError: the model cannot be captured, or has an operator without exact rule.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._forward_under_dynamo(args, kwargs, tangents, targets)
         return self.prepare(*args, tangents=tangents, targets=targets, **kwargs)()
 

@@ -19,6 +19,7 @@ from torch import nn
 from fomoh_fx.capture.assignments import ChangedNumbers
 from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.program import Program
+from fomoh_fx.capture.threads import is_in
 from fomoh_fx.errors import CaptureError
 
 _NUMBERS = (int, float)
@@ -82,8 +83,7 @@ def _changes() -> Iterator[dict[Any, ChangedNumbers]]:
     def note(self: nn.Module, name: str, value: Any) -> None:
         before = vars(self).get(name)
         assign(self, name, value)
-        is_mine = threading.get_ident() == thread
-        if is_mine and type(value) in _NUMBERS and type(before) in _NUMBERS and value != before:
+        if is_in(thread) and type(value) in _NUMBERS and type(before) in _NUMBERS and value != before:
             key = (id(vars(self)), name)  # a tracer wraps modules in others that share their attributes
             first = found[key].before if key in found else before
             put = partial(vars(self).__setitem__, name)

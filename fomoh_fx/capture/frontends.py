@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import logging
 import re
-import threading
 import traceback
 import warnings
 import weakref
@@ -43,6 +42,7 @@ from fomoh_fx.capture.literals import known_literals
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
 from fomoh_fx.capture.state import STANDARD, Keys, children, place_of, places, replaced, structure, written
+from fomoh_fx.capture.threads import CAPTURING
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
 from fomoh_fx.passes.activity import analyse, ancestors, carries_derivative
 from fomoh_fx.passes.data_sizes import ADVICE, DECIDED_BY_DATA, has_sizes_from_data
@@ -52,8 +52,6 @@ from fomoh_fx.rules.other_libraries import register_present
 from fomoh_fx.rules.registry import COMPOSITES, RULES
 
 aten = torch.ops.aten
-#: Held by the one thread that captures or expands: frontends, and what is patched meanwhile, are the process's.
-CAPTURING = threading.RLock()
 
 
 def capture(

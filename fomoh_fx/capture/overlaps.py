@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fomoh_fx.capture.program import Program
+from fomoh_fx.capture.threads import is_compiling
 from fomoh_fx.errors import CaptureError
 from fomoh_fx.operators import library
 from fomoh_fx.passes.provenance import source_of
@@ -32,7 +33,7 @@ def refuse_overlaps(program: Program, inputs: Sequence[Tensor]) -> None:
         return
     used = [inputs[i] for i in program.used]
     is_changed = [i in program.changed for i in program.used]
-    if torch.compiler.is_compiling():
+    if is_compiling():
         torch.ops.fomoh_fx.refuse_overlaps.default(used, is_changed)
     elif (found := _overlap(used, is_changed)) is not None:
         changed, other = (program.used[i] for i in found)

@@ -20,6 +20,7 @@ from fomoh_fx.capture.finite import AssumeFinite
 from fomoh_fx.capture.hooks import gradient_hooks_checked, refuse_hooks_of_module
 from fomoh_fx.capture.semantics import ReverseModeSemantics, is_real
 from fomoh_fx.capture.state import Keys, follow, structure, tensors_in
+from fomoh_fx.capture.threads import is_in
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.passes.dataflow import draws, graphs_in
 from fomoh_fx.passes.provenance import RecordSourceLines
@@ -240,7 +241,7 @@ class Root(nn.Module):
         thread = threading.get_ident()
 
         def note(module: nn.Module, args: Any) -> None:
-            if threading.get_ident() != thread:
+            if not is_in(thread):
                 return
             refuse_hooks_of_module(module)
             stateless_graph = isinstance(module, fx.GraphModule) and not module.state_dict()  # a branch being traced
