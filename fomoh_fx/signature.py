@@ -56,7 +56,8 @@ def modes() -> list[Any]:
     for device in ("cpu", "cuda"):
         enabled = torch.is_autocast_enabled(device)
         found += [enabled, torch.get_autocast_dtype(device) if enabled else None]
-    found += [*torch_modules._global_forward_pre_hooks, *torch_modules._global_forward_hooks]
+    for hooks in (torch_modules._global_forward_pre_hooks, torch_modules._global_forward_hooks):
+        found += [key for key, hook in hooks.items() if not hook.__module__.startswith("torch.")]  # those only count
     return found
 
 

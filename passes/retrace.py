@@ -39,7 +39,9 @@ _AUTOGRAD = [
 
 def is_composite_implicit(op: Any) -> bool:
     """Whether PyTorch itself defines the operator by other operators."""
-    return isinstance(op, OpOverload) and op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    if not isinstance(op, OpOverload) or op.namespace == "prim":  # those the dispatcher does not know
+        return False
+    return op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 class _RecordWhole(TorchFunctionMode):
