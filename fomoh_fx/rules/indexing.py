@@ -229,8 +229,9 @@ def _slice_scatter(
     if values is None:
         places = aten.slice.Tensor(torch.arange(size, device=x.device), 0, start, end, step)
         return aten.index_fill.int_Scalar(part, dim, places, 0.0)
-    if part is None and step == 1 and isinstance(size, int) and isinstance(start, (int, type(None))):
-        before = slice(start, end).indices(size)[0]
+    is_known = all(isinstance(n, int) for n in (size, values.shape[dim])) and isinstance(start, (int, type(None)))
+    if part is None and step == 1 and is_known:
+        before = slice(start, None).indices(size)[0]
         return padded(values, dim, before, size - before - values.shape[dim])
     part = accumulator(values, x) if part is None else part
     return aten.slice_scatter.default(part, values, dim, start, end, step)
