@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dimensions", nargs="+", type=int, metavar="D", help="of the Laplacian")
     made.add_argument("--depths", nargs="+", type=int, metavar="L", help="of the memory of deep MLPs")
     made.add_argument("--curvature", nargs="+", choices=["hessian", "ggn"], default=["hessian", "ggn"])
+    made.add_argument("--rank", type=int, help="of the directions in every matrix; by default they have no structure")
     made.add_argument("--contenders", nargs="+", default=["*"], metavar="PATTERN", help="names, * for any")
     made.add_argument("--rounds", type=int, help="at most")
     made.add_argument("--seconds", type=float, help="of each comparison, from which on fewer rounds will do")
@@ -108,7 +109,8 @@ class Session:
     def problem(self, model: str, samples: int, directions: int, curvature: problem.Curvature) -> Problem:
         chosen = MODELS[model]
         size = max(2, samples // SMALLER.get(chosen.kind, 1))
-        return problem.make(chosen, size, directions, curvature, self.settings.device, self.dtype)
+        s = self.settings
+        return problem.make(chosen, size, directions, curvature, s.device, self.dtype, rank=s.rank)
 
     def common(self, made: Problem) -> Row:
         return {
@@ -117,6 +119,7 @@ class Session:
             "batch": len(made.x),
             "directions": made.directions,
             "curvature": made.curvature,
+            "rank": self.settings.rank,
         }
 
     def compare(
@@ -167,7 +170,7 @@ def laplacians(session: Session) -> None:
         model, x = laplacian.make(dimensions, samples, s.device, session.dtype)
         common = {"work": session.work, "model": f"{dimensions} dimensions", "batch": samples}
         expected = {"laplacian": laplacian.truth(model, x)}
-        rest = {"directions": None, "curvature": None}
+        rest = {"directions": None, "curvature": None, "rank": None}
         tolerance = problem.TOLERANCES[session.dtype]
         session.compare(suite.LAPLACIAN, lambda m=model, x=x: (m, x), expected, tolerance, {**common, **rest})
     report.picture(session.rows, session.path("png"))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils import _pytree as pytree
 
 from benchmarks.models import Model
+from fomoh_fx.low_rank import LowRank, dense
 
 Curvature = Literal["hessian", "ggn"]
 
@@ -35,6 +37,7 @@ class Problem:
     y: Tensor
     tangents: dict[str, Tensor]
     curvature: Curvature = "hessian"
+    factors: dict[str, Tensor | LowRank] = field(default_factory=dict)  # the same directions, if they are of low rank
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -71,16 +74,30 @@ def make(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    rank: int | None = None,
 ) -> Problem:
-    """Directions have unit length, so that all figures have the scale of the model's own curvature."""
+    """Directions have unit length, so that all figures have the scale of the model's own curvature.
+
+    With a ``rank`` they are of this rank in all parameters that are matrices or more.
+    """
     torch.manual_seed(seed)
     module = model.build().to(device, dtype)
     x, y = model.batch(samples)
     x = x.to(device, dtype) if x.is_floating_point() else x.to(device)
-    tangents = {name: torch.randn(directions, *p.shape) for name, p in module.named_parameters()}
-    length = torch.stack([v.flatten(1).square().sum(1) for v in tangents.values()]).sum(0).sqrt()
-    scaled = {name: v / length.reshape(-1, *[1] * (v.dim() - 1)) for name, v in tangents.items()}
-    return Problem(model, module, x, y.to(device), {n: v.to(device, dtype) for n, v in scaled.items()}, curvature)
+    factors = {name: _random(p.shape, directions, rank) for name, p in module.named_parameters()}
+    length = torch.stack([dense(v).flatten(1).square().sum(1) for v in factors.values()]).sum(0).sqrt()
+    for name, v in factors.items():
+        each = v.left if isinstance(v, LowRank) else v
+        each /= length.reshape(-1, *[1] * (each.dim() - 1))
+        factors[name] = pytree.tree_map(lambda part: part.to(device, dtype), v)
+    tangents = {name: dense(v) for name, v in factors.items()}
+    return Problem(model, module, x, y.to(device), tangents, curvature, factors if rank else {})
+
+
+def _random(shape: torch.Size, directions: int, rank: int | None) -> Tensor | LowRank:
+    if rank is None or len(shape) < 2:
+        return torch.randn(directions, *shape)
+    return LowRank(torch.randn(directions, shape[0], rank), torch.randn(directions, rank, *shape[1:]))
 
 
 def truth(problem: Problem) -> dict[str, Tensor]:

@@ -81,7 +81,9 @@ def title(row: Row) -> list[str]:
     parts = [row["work"], row["model"], f"batch {row['batch']}"]
     if row["directions"]:
         parts.append(f"K = {row['directions']}")
-    return [*parts, *([row["curvature"]] if row["curvature"] else [])]
+    if row["curvature"]:
+        parts.append(row["curvature"])
+    return [*parts, *([f"rank {row['rank']}"] if row["rank"] else [])]
 
 
 def write(path: Path, machine: Row, rows: Sequence[Row]) -> None:

@@ -17,6 +17,7 @@ BASE = "fomoh_fx"
 
 PLANE: Contenders = {
     BASE: ours.plane,
+    "fomoh_fx, factors": ours.plane_by_factors,
     "fomoh_fx, eager": ours.eager,
     "torch.func, eager": nested.eager,
     "torch.func, compiled": nested.compiled,
@@ -37,6 +38,7 @@ STEP: Contenders = {
     BASE: ours.step,
     "fomoh_fx, largest_rise=None": ours.step_unchecked,
     "fomoh_fx, largest_rise=None, rademacher": ours.step_by_signs,
+    "fomoh_fx, largest_rise=None, low_rank": ours.step_by_factors,
     "fomoh_fx, plane alone": ours.plane,
     "fomoh, vectorised": authors.step,
     "JAX": jax_peer.step,
@@ -76,4 +78,4 @@ def chosen(contenders: Contenders, patterns: Iterable[str]) -> Contenders:
 
 def settings_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What rows of one comparison have in common."""
-    return tuple(row[key] for key in ("work", "model", "batch", "directions", "curvature"))
+    return tuple(row[key] for key in ("work", "model", "batch", "directions", "curvature", "rank"))

@@ -16,18 +16,21 @@ from torch.utils import _pytree as pytree
 from fomoh_fx.capture import Call, Input, Program
 from fomoh_fx.capture.hooks import refuse_hooks_of
 from fomoh_fx.errors import ArgumentError
+from fomoh_fx.low_rank import LowRank
 
 
 @dataclass(frozen=True)
 class Seeds:
     """Stacks of tangents ``[K, *shape]`` and what each belongs to: a parameter's name, or the number of a tensor leaf.
 
+    Those of parameters may be factored.
+
     ``given_as`` are the caller's own names of the parameters; ``present`` says which leaves of the caller's structure
     of input tangents are not None.
     """
 
     owners: tuple[str | int, ...]
-    stacks: tuple[Tensor, ...]
+    stacks: tuple[Tensor | LowRank, ...]
     directions: int
     given_as: tuple[str, ...] = ()
     present: list[bool] = field(default_factory=list)
@@ -38,9 +41,9 @@ class Seeds:
         return bool(self.given_as)
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        """The part of the signature that the tangents decide."""
-        return self.owners, self.directions
+    def ranks(self) -> tuple[int | None, ...]:
+        """The rank of each stack that is factored, None for the others."""
+        return tuple(stack.rank if isinstance(stack, LowRank) else None for stack in self.stacks)
 
     def positions(self, program: Program) -> list[int]:
         """The positions of the seeded inputs of a program."""
@@ -99,7 +102,7 @@ def parameter_seeds(module: nn.Module, wrt: str | Sequence[str], tangents: Any) 
     everything = dict(module.named_parameters(remove_duplicate=False))
     allowed = selected_parameters(module, wrt)
     first = {id(p): name for name, p in module.named_parameters()}
-    found: dict[str, Tensor] = {}
+    found: dict[str, Tensor | LowRank] = {}
     given_as: dict[str, str] = {}
     for name, tangent in tangents.items():
         if name not in everything:
@@ -130,7 +133,7 @@ def input_seeds(model: Any, call: Call, tangents: Any) -> Seeds:
         if tangent is None:
             parts: list[Any] = [None] * len(leaves)
         else:
-            parts, tangent_spec = pytree.tree_flatten(tangent)
+            parts, tangent_spec = pytree.tree_flatten(tangent, is_leaf=lambda x: isinstance(x, LowRank))
             if tangent_spec != spec:
                 raise ArgumentError(
                     f"tangents: for {label} they must have the argument's own structure {spec}, got {tangent_spec}"
@@ -140,6 +143,8 @@ def input_seeds(model: Any, call: Call, tangents: Any) -> Seeds:
                 if part is not None:
                     raise ArgumentError(f"tangents: for {label} there is one for {leaf!r}, which is not a tensor")
                 continue
+            if isinstance(part, LowRank):
+                raise ArgumentError(f"tangents: for {label} there is a LowRank one; only parameters may have these")
             if part is not None:
                 _check(f"of {label}", part, leaf)
                 owners.append(number)
@@ -185,27 +190,47 @@ def positional_names(model: Any, count: int) -> list[str]:
 
 
 def _check(label: str, tangent: Any, primal: Tensor) -> None:
-    if not isinstance(tangent, Tensor):
-        raise ArgumentError(f"tangents: the tangent {label} must be a tensor, got {type(tangent).__name__}")
+    parts = (tangent.left, tangent.right) if isinstance(tangent, LowRank) else (tangent,)
+    for part in parts:
+        if not isinstance(part, Tensor):
+            raise ArgumentError(f"tangents: the tangent {label} must be a tensor, got {type(part).__name__}")
     if not (primal.is_floating_point() or primal.is_complex()):
         raise ArgumentError(f"tangents: {label[3:]} has dtype {primal.dtype}, which has no derivative")
-    if tangent.dim() != primal.dim() + 1 or tangent.shape[1:] != primal.shape:
+    if isinstance(tangent, LowRank):
+        _check_factors(label, tangent, primal)
+    elif tangent.dim() != primal.dim() + 1 or tangent.shape[1:] != primal.shape:
         raise ArgumentError(
             f"tangents: the tangent {label} must have shape [K, {', '.join(map(str, primal.shape))}], "
             f"got {list(tangent.shape)}"
         )
     if tangent.shape[0] == 0:
         raise ArgumentError(f"tangents: the tangent {label} has no direction (K = 0)")
-    if tangent.layout != torch.strided:
-        raise ArgumentError(f"tangents: the tangent {label} must be dense, got {tangent.layout}")
-    if tangent.dtype != primal.dtype:
-        raise ArgumentError(f"tangents: the tangent {label} must have dtype {primal.dtype}, got {tangent.dtype}")
-    if tangent.device != primal.device:
-        raise ArgumentError(f"tangents: the tangent {label} must be on {primal.device}, got {tangent.device}")
+    for part in parts:
+        if part.layout != torch.strided:
+            raise ArgumentError(f"tangents: the tangent {label} must be dense, got {part.layout}")
+        if part.dtype != primal.dtype:
+            raise ArgumentError(f"tangents: the tangent {label} must have dtype {primal.dtype}, got {part.dtype}")
+        if part.device != primal.device:
+            raise ArgumentError(f"tangents: the tangent {label} must be on {primal.device}, got {part.device}")
     refuse_hooks_of(primal, label[3:])
 
 
-def _seeds(owners: Sequence[str | int], stacks: Sequence[Tensor], labels: Sequence[str]) -> Seeds:
+def _check_factors(label: str, tangent: LowRank, primal: Tensor) -> None:
+    left, right = tangent.left, tangent.right
+    if primal.dim() < 2:
+        raise ArgumentError(
+            f"tangents: the tangent {label} cannot be LowRank: it has {primal.dim()} axes, and needs two or more"
+        )
+    first, *rest = primal.shape
+    fit = left.dim() == 3 and right.dim() == primal.dim() + 1
+    if not fit or left.shape[1] != first or right.shape != (left.shape[0], left.shape[2], *rest):
+        raise ArgumentError(
+            f"tangents: the factors {label} must have shapes [K, {first}, R] and [K, R, "
+            f"{', '.join(map(str, rest))}], got {list(left.shape)} and {list(right.shape)}"
+        )
+
+
+def _seeds(owners: Sequence[str | int], stacks: Sequence[Tensor | LowRank], labels: Sequence[str]) -> Seeds:
     if not stacks:
         raise ArgumentError("tangents: none is given, so there is no direction")
     directions = stacks[0].shape[0]

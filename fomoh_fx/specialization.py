@@ -17,6 +17,7 @@ from fomoh_fx.capture.layouts import has_its_layouts
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.reading import Reader, Reading, kind_of
 from fomoh_fx.hyperdual import Components, HyperDual
+from fomoh_fx.low_rank import factors
 from fomoh_fx.lower import Lowering
 from fomoh_fx.passes.eliminate import eliminate
 from fomoh_fx.passes.normalize import results_of
@@ -114,7 +115,7 @@ class Specialization:
         if isinstance(tangents, dict) and self.seeds.by_name:
             given = [name for name in tangents if tangents[name] is not None]
             same = len(given) == len(self.seeds.given_as) and all(name in given for name in self.seeds.given_as)
-            return [tangents[name] for name in self.seeds.given_as] if same else None
+            return factors([tangents[name] for name in self.seeds.given_as]) if same else None
         leaves = pytree.tree_leaves(tangents)
         present = [leaf is not None for leaf in leaves]
         return [leaf for leaf in leaves if leaf is not None] if present == self.seeds.present else None

@@ -23,6 +23,7 @@ from fomoh_fx.capture.threads import CAPTURING, is_compiling
 from fomoh_fx.dynamic_shapes import dynamic_dims, must_vary
 from fomoh_fx.errors import ArgumentError, SpecialisationError, UnsupportedOpError
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
+from fomoh_fx.low_rank import factors
 from fomoh_fx.passes import pipeline
 from fomoh_fx.passes.data_sizes import ADVICE
 from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, positional_names, refuse_lazy, selected_parameters
@@ -118,7 +119,8 @@ class HyperDualModule(nn.Module):
 
         Args:
             args, kwargs: the model's own arguments.
-            tangents: for parameters a mapping name -> ``[K, *shape]``; a name left out is inactive. For inputs a
+            tangents: for parameters a mapping name -> ``[K, *shape]``, or a :class:`LowRank` of that shape; a name left
+                out is inactive. For inputs a
                 sequence with each argument's own structure, or a mapping from the argument names of ``forward``,
                 with ``[K, *shape]`` leaves and None where inactive.
             targets: what the loss takes after the model's output; without a loss an ordinary keyword of the model.
@@ -137,7 +139,7 @@ class HyperDualModule(nn.Module):
     ) -> Evaluation:
         """What a call with these arguments evaluates, before it does; specialised if need be."""
         call, seeds = self._bind(args, kwargs, tangents, targets)
-        return Evaluation(self._specialize(call, seeds), call.tensors, seeds.stacks)
+        return Evaluation(self._specialize(call, seeds), call.tensors, factors(seeds.stacks))
 
     def _forward_under_dynamo(self, args: Any, kwargs: Any, tangents: Any, targets: Any) -> HyperDual:
         """What torch.compile(hd) traces: only what Dynamo can read, choosing among the specialisations that exist."""
@@ -216,7 +218,9 @@ class HyperDualModule(nn.Module):
         found = next((s for s in serving if s.holds(call.tensors)), None) or self._compile(call, seeds, signature, dims)
         key = replace(found.signature, shapes=signature.shapes)  # the rest is equal, and not kept for every size
         self._specializations.add(key, found, self.most_specializations)
-        found.traced_with.append([[argument_kind_of(t) for t in call.tensors], [kind_of(t) for t in seeds.stacks]])
+        found.traced_with.append(
+            [[argument_kind_of(t) for t in call.tensors], [kind_of(t) for t in factors(seeds.stacks)]]
+        )
         return found
 
     def _compile(
@@ -243,7 +247,11 @@ class HyperDualModule(nn.Module):
         asked = values[:1] if self.loss is not None else [i for i in values if _is_float(program.results[i])]
         components = Components(seeds.directions, self.second_order)
         request = pipeline.Request(
-            positions, asked, components, values[1:] if self.curvature == "ggn" and self.second_order else ()
+            positions,
+            asked,
+            components,
+            values[1:] if self.curvature == "ggn" and self.second_order else (),
+            seeds.ranks,
         )
         compiled = pipeline.run(program.module, request)
         if self.curvature == "ggn" and self.second_order and not compiled.layout.crosses:

@@ -13,17 +13,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.errors import FomohError, UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined, primal_of
+from fomoh_fx.low_rank import LowRank
 from fomoh_fx.passes import provenance
-from fomoh_fx.passes.label import label, label_rest, renamed
+from fomoh_fx.passes.label import FACTORS, label, label_rest, renamed
 from fomoh_fx.passes.normalize import explained, failed, inputs_of
 from fomoh_fx.passes.retrace import in_body, last_node, retrace
-from fomoh_fx.rules.registry import RULES, Operator, rule_for
+from fomoh_fx.rules.low_rank import multiplied_out
+from fomoh_fx.rules.registry import FACTORED, RULES, Operator, Rule, rule_for
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class Expander(fx.Interpreter):
             raise UnsupportedOpError(explained(n, reason))
         components = self.tangents_only if n in self.scope.first_order else self.components
         try:
-            result = rule_for(target)(target, components, *args, **kwargs)
+            rule, args, kwargs = _fitting(target, args, kwargs)
+            result = rule(target, components, *args, **kwargs)
             return pytree.tree_map(
                 lambda x: _settled(x, components), result, is_leaf=lambda x: isinstance(x, HyperDual)
             )
@@ -99,6 +102,16 @@ class Expander(fx.Interpreter):
     def _copied(self, body: fx.GraphModule) -> Callable[..., Any]:
         """A body without components, to be labelled when the operator runs it."""
         return in_body(Expander(body, self.components, Scope(frozenset()), self.labelled).run)
+
+
+def _fitting(op: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Rule, Any, Any]:
+    """The operator's rule and the arguments as it takes them: few know what to do with tangents of low rank."""
+    leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, HyperDual))
+    if not any(isinstance(x, HyperDual) and isinstance(x.tangent, LowRank) for x in leaves):
+        return rule_for(op), args, kwargs
+    if op in FACTORED:
+        return FACTORED[op], args, kwargs
+    return rule_for(op), *pytree.tree_map(multiplied_out, (args, kwargs), is_leaf=lambda x: isinstance(x, HyperDual))
 
 
 def _settled(x: Any, components: Components) -> Any:
@@ -123,31 +136,35 @@ def _fitted(part: Tensor | None, primal: Tensor, count: int) -> Tensor | None:
 
 
 def expand(
-    module: fx.GraphModule, seeds: Sequence[fx.Node], asked: Sequence[int], components: Components, scope: Scope
-) -> tuple[fx.GraphModule, Layout]:
+    module: fx.GraphModule, seeds: Mapping[fx.Node, int | None], asked: Sequence[int], components: Components,
+    scope: Scope,
+) -> tuple[fx.GraphModule, Layout]:  # fmt: skip
     """The hyper-dual expansion of the graph.
 
     Args:
         module: the normalised graph.
-        seeds: the placeholders that have a tangent, in the order in which the tangents become inputs.
+        seeds: the placeholders that have a tangent, in the order in which the tangents become inputs, and the rank of
+            tangents that are given as factors (:class:`LowRank`).
         asked: the positions of the outputs whose components are asked for.
         components: which components to propagate.
         scope: the active nodes, and those of them that carry tangents only.
     """
     placeholders = inputs_of(module)
     inputs = [n.meta["val"] for n in placeholders]
-    tangents = [_tangent_like(n.meta["val"], components.directions) for n in seeds]
+    like = [_tangent_like(n.meta["val"], components.directions, rank) for n, rank in seeds.items()]
+    tangents, structure = pytree.tree_flatten(like)
     expander = Expander(module, components, scope)
     layout = Layout(0, (), ())
 
     def expansion(*values: Any) -> tuple[Any, ...]:
         nonlocal layout
-        primals, stacks = values[: len(inputs)], dict(zip(seeds, values[len(inputs) :], strict=True))
+        primals, given = values[: len(inputs)], pytree.tree_unflatten(values[len(inputs) :], structure)
+        stacks = dict(zip(seeds, given, strict=True))
         seeded = [HyperDual(p, stacks[n]) if n in stacks else p for n, p in zip(placeholders, primals, strict=True)]
         outputs = list(expander.run(*seeded))
         if any(isinstance(outputs[i], Undefined) for i in asked):
             raise UnsupportedOpError("model: returns a value for which PyTorch defines no derivative")
-        duals = [outputs[i] if isinstance(outputs[i], HyperDual) else HyperDual(outputs[i]) for i in asked]
+        duals = [x if isinstance(x := multiplied_out(outputs[i]), HyperDual) else HyperDual(x) for i in asked]
         with_tangent = [(i, d.tangent) for i, d in zip(asked, duals, strict=True) if d.tangent is not None]
         with_cross = [(i, d.cross) for i, d in zip(asked, duals, strict=True) if d.cross is not None]
         layout = Layout(len(outputs), tuple(i for i, _ in with_tangent), tuple(i for i, _ in with_cross))
@@ -155,7 +172,9 @@ def expand(
         return (*primal_of(outputs), *(t for _, t in with_tangent), *crosses)
 
     expanded = retrace(expansion, [*inputs, *tangents])
-    labels = [(n.name, "primal", n) for n in placeholders] + [(f"{n.name}_tangent", "tangent", n) for n in seeds]
+    labels = [(n.name, "primal", n) for n in placeholders]
+    for n, rank in seeds.items():
+        labels += [(f"{n.name}_tangent{factor}", "tangent", n) for factor in (("",) if rank is None else FACTORS)]
     for (name, component, n), node in zip(labels, inputs_of(expanded), strict=True):
         node.name = node.target = name
         node.meta[provenance.KEY] = provenance.Provenance(n.name, component)
@@ -163,7 +182,11 @@ def expand(
     return renamed(expanded), layout
 
 
-def _tangent_like(value: Tensor, directions: int) -> Tensor:
-    fake_mode = value.fake_mode  # type: ignore[attr-defined]
-    with fake_mode:
-        return torch.empty((directions, *value.shape), dtype=value.dtype, device=value.device)
+def _tangent_like(value: Tensor, directions: int, rank: int | None) -> Tensor | LowRank:
+    def empty(*sizes: int | SymInt) -> Tensor:
+        return torch.empty((directions, *sizes), dtype=value.dtype, device=value.device)
+
+    with value.fake_mode:  # type: ignore[attr-defined]
+        if rank is None:
+            return empty(*value.shape)
+        return LowRank(empty(value.shape[0], rank), empty(rank, *value.shape[1:]))

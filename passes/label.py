@@ -16,10 +16,12 @@ from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.hyperdual import HyperDual, Undefined
+from fomoh_fx.low_rank import LowRank, factors
 from fomoh_fx.passes.dataflow import bodies_of
 from fomoh_fx.passes.provenance import COMPONENTS, KEY, Provenance, of
 from fomoh_fx.passes.retrace import node_of, recorded_nodes
 
+FACTORS = ("_left", "_right")  #: what the names of a tangent's factors end in
 _NAME = "name"
 
 
@@ -40,9 +42,9 @@ def label(n: fx.Node, before: fx.Node | None, result: Any) -> None:
     for component in COMPONENTS:
         needed: list[fx.Node] = []
         for value, (primal, name) in zip(values, names, strict=True):
-            node = node_of(_part(value, component))
-            if node is not None and node in fresh:
-                needed += record(node, primal, component, name if component == "primal" else f"{name}_{component}")
+            for suffix, node in _nodes(value, component):
+                if node in fresh:
+                    needed += record(node, primal, component, f"{name}{suffix}")
         while needed:
             node = needed.pop()
             if node in fresh:
@@ -56,10 +58,9 @@ def label_inputs(nodes: Sequence[fx.Node], values: Sequence[Any]) -> None:
     """Label the inputs of the body that is being traced: ``values`` stand for the placeholders of the original."""
     for n, value in zip(nodes, values, strict=True):
         for component in COMPONENTS:
-            node = node_of(_part(value, component))
-            if node is not None:
+            for suffix, node in _nodes(value, component):
                 node.meta[KEY] = Provenance(n.name, component, of(n).source)
-                node.meta[_NAME] = n.name if component == "primal" else f"{n.name}_{component}"
+                node.meta[_NAME] = f"{n.name}{suffix}"
 
 
 def label_rest(module: fx.GraphModule, source: str = "") -> None:
@@ -72,10 +73,15 @@ def label_rest(module: fx.GraphModule, source: str = "") -> None:
             label_rest(body, of(node).source)
 
 
-def _part(value: Any, component: str) -> Any:
+def _nodes(value: Any, component: str) -> list[tuple[str, fx.Node]]:
+    """The nodes that hold a component of a value, and what their names end in."""
     if isinstance(value, (HyperDual, Undefined)):
-        return getattr(value, component, None)
-    return value if component == "primal" else None
+        value = getattr(value, component, None)
+    elif component != "primal":
+        return []
+    suffix = "" if component == "primal" else f"_{component}"
+    parts = zip(FACTORS, factors([value]), strict=True) if isinstance(value, LowRank) else [("", value)]
+    return [(suffix + end, node) for end, part in parts if (node := node_of(part)) is not None]
 
 
 def _names_of_outputs(n: fx.Node, result: Any, count: int) -> list[tuple[str, str]]:

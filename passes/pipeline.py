@@ -37,12 +37,14 @@ class Request:
         components: which components.
         first_order_above: positions of the outputs at which the model ends: nodes that they depend on carry tangents
             only (the generalised Gauss-Newton plane). Empty for the Hessian.
+        ranks: of the seeds' tangents that are given as factors; None for the others, and by default for all.
     """
 
     seeds: Sequence[int]
     asked: Sequence[int]
     components: Components
     first_order_above: Sequence[int] = ()
+    ranks: Sequence[int | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def run(captured: fx.GraphModule, request: Request) -> Compiled:
     results = results_of(stages["normalize"])
     model_part = ancestors(stages["normalize"].graph, [results[i] for i in request.first_order_above])
     scope = Scope(analyse(stages["normalize"].graph, seeds, asked).active, model_part)
-    stages["expand"], layout = expand(stages["normalize"], seeds, request.asked, request.components, scope)
+    ranked = dict(zip(seeds, request.ranks or [None] * len(seeds), strict=True))
+    stages["expand"], layout = expand(stages["normalize"], ranked, request.asked, request.components, scope)
     verify(stages["expand"], "expand")
     module = stages["expand"]
     for name, rewrite in REWRITES.items():

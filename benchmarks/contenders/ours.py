@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fomoh_fx
-from benchmarks.contenders.base import Local, Options, plane_of
+from benchmarks.contenders.base import Absent, Local, Options, plane_of
 from benchmarks.problem import Problem
 from fomoh_fx.optim import FoMoHKD
 
@@ -20,10 +21,21 @@ def hyperdual(problem: Problem, options: Options, compiled: bool = True) -> fomo
 
 
 def plane(problem: Problem, options: Options, compiled: bool = True) -> Local:
+    return _plane(problem, options, problem.tangents, compiled)
+
+
+def plane_by_factors(problem: Problem, options: Options, compiled: bool = True) -> Local:
+    """With directions of low rank as they are."""
+    if not problem.factors:
+        raise Absent("the directions are not of low rank: --rank")
+    return _plane(problem, options, problem.factors, compiled)
+
+
+def _plane(problem: Problem, options: Options, tangents: Mapping[str, Any], compiled: bool) -> Local:
     hd = hyperdual(problem, options, compiled)
 
     def evaluate() -> tuple[Tensor, Tensor, Tensor]:
-        out = hd(problem.x, tangents=problem.tangents, targets=(problem.y,))
+        out = hd(problem.x, tangents=tangents, targets=(problem.y,))
         return out.primal, out.tangent, out.hessian()
 
     return Local(evaluate, problem.device, plane_of)
@@ -47,6 +59,11 @@ def step_unchecked(problem: Problem, options: Options) -> Local:
 def step_by_signs(problem: Problem, options: Options) -> Local:
     """With the directions that are drawn fastest."""
     return step(problem, options, largest_rise=None, sampler="rademacher")
+
+
+def step_by_factors(problem: Problem, options: Options) -> Local:
+    """With directions of rank one."""
+    return step(problem, options, largest_rise=None, sampler="low_rank")
 
 
 def laplacian(model: nn.Module, x: Tensor, options: Options) -> Local:

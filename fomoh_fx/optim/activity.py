@@ -12,7 +12,7 @@ from torch import Tensor
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.optim.directions import Batch, RandomDirections
 from fomoh_fx.optim.program import Program
-from fomoh_fx.optim.samplers import Stacks, dimension_of, norms, scaled, signs, unit_scale
+from fomoh_fx.optim.samplers import Proposed, Stacks, dimension_of, norms, scaled, signs, unit_scale
 from fomoh_fx.perturbation import ActivityGradient, Fit, Guess
 
 #: Directions that can be asked for, in this order.
@@ -101,7 +101,7 @@ class ActivityDirections(RandomDirections):
         stacks = {name: torch.stack([direction[name] for direction in found]) for name in parameters}
         return scaled(stacks, unit_scale(stacks))
 
-    def observe(self, directions: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> None:
+    def observe(self, directions: Proposed, moved: Mapping[str, Tensor]) -> None:
         """As for random directions; ``length`` is the step's in units of the direction that it becomes."""
         super().observe(directions, moved)
         total = norms({name: change.unsqueeze(0) for name, change in moved.items()})[0]

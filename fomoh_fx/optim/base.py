@@ -25,7 +25,7 @@ from fomoh_fx.optim.directions import Batch, Directions
 from fomoh_fx.optim.program import Program, is_own
 from fomoh_fx.optim.record import StepRecord
 from fomoh_fx.optim.replay import Replay
-from fomoh_fx.optim.samplers import Stacks
+from fomoh_fx.optim.samplers import Proposed, Stacks
 from fomoh_fx.optim.skipped import SkippedSteps
 from fomoh_fx.optim.snapshot import State
 from fomoh_fx.optim.update import update
@@ -182,7 +182,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         value: HyperDual,
         kappa: Tensor | None,
         parameters: dict[str, Tensor],
-        directions: Stacks,
+        directions: Proposed,
         rates: Sequence[Tensor],
         decays: Mapping[int, Tensor],
     ) -> Moved:
@@ -201,7 +201,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         rate: Tensor,
         actual: Tensor | None,
         parameters: dict[str, Tensor],
-        directions: Stacks,
+        directions: Proposed,
     ) -> StepRecord | None:
         """Take the step back where the loss rose too far, and learn from it."""
         record = self._record(value, moved, rate, actual)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fomoh_fx.errors import ArgumentError
-from fomoh_fx.optim.samplers import SAMPLERS, Sampler, Stacks, dimension_of, scaled, unit_scale
+from fomoh_fx.low_rank import dense
+from fomoh_fx.optim.samplers import SAMPLERS, Proposed, Sampler, Stacks, dimension_of, scaled, unit_scale
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class Directions(ABC):
     settings: ClassVar[Sequence[str]] = ()
 
     @abstractmethod
-    def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Stacks:
-        """The directions of the next step: name -> ``[K, *shape]``."""
+    def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Proposed:
+        """The directions of the next step: name -> ``[K, *shape]``, or factors of that."""
 
-    def observe(self, directions: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> None:  # noqa: B027
+    def observe(self, directions: Proposed, moved: Mapping[str, Tensor]) -> None:  # noqa: B027
         """What the step did: name -> change, zero where it was skipped or taken back."""
 
     @abstractmethod
@@ -78,25 +79,29 @@ class RandomDirections(Directions):
         self._generators: dict[str, torch.Generator] = {}
         self._previous: Stacks = {}
 
-    def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Stacks:
+    def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Proposed:
         del batch
         count = dimension_of(parameters) if self.count is None else self.count
         drawn = self.sampler(parameters, count, self.generator)
+        return self._with_previous({name: dense(v) for name, v in drawn.items()}) if self.previous_step else drawn
+
+    def _with_previous(self, drawn: Stacks) -> Stacks:
+        """The step before in place of the last direction, which is remembered where there is none."""
         for name, v in drawn.items():
             if name in self._previous:
                 v[-1].copy_(self._previous[name])
-            elif self.previous_step:
+            else:
                 self._previous[name] = v[-1].clone()
         return drawn
 
-    def observe(self, directions: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> None:
+    def observe(self, directions: Proposed, moved: Mapping[str, Tensor]) -> None:
         """A step that is zero leaves the last direction alone."""
         if not self.previous_step:
             return
         one = {name: change.unsqueeze(0) for name, change in moved.items()}
         scale = unit_scale(one)
         for name, change in scaled(one, scale).items():
-            self._previous[name] = torch.where((scale[0] > 0).to(change.device), change[0], directions[name][-1])
+            self._previous[name] = torch.where((scale[0] > 0).to(change.device), change[0], dense(directions[name])[-1])
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, the state of each device's generator, and the step before."""

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from fomoh_fx.errors import ArgumentError
+from fomoh_fx.low_rank import LowRank
 
 Stacks = dict[str, Tensor]
+Proposed = Mapping[str, Tensor | LowRank]
 GeneratorOf = Callable[[torch.device], torch.Generator]
-Sampler = Callable[[Mapping[str, Tensor], int, GeneratorOf], Stacks]
+Sampler = Callable[[Mapping[str, Tensor], int, GeneratorOf], Proposed]
 
 
 def normal(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf) -> Stacks:
@@ -68,21 +70,22 @@ def coordinate(parameters: Mapping[str, Tensor], count: int, generator: Generato
     return stacks
 
 
-def low_rank(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf, rank: int = 1) -> Stacks:
+def low_rank(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf, rank: int = 1) -> Proposed:
     """sum_r u_r w_r^T / sqrt(rank), u, w ~ N(0, I), for a parameter of two axes or more: the first against all others.
 
-    Other parameters get ``normal`` directions.
+    They stay factors (:class:`~fomoh_fx.LowRank`), so that few numbers are drawn and a layer's products with its
+    directions cost little. Other parameters get ``normal`` directions.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ArgumentError(f"rank: expected a number of at least 1, got {rank!r}")
-    drawn = {}
+    drawn: dict[str, Tensor | LowRank] = {}
     for name, p in parameters.items():
         columns = normal({name: p.new_empty(p.shape[:1] + (rank,) if p.dim() > 1 else p.shape)}, count, generator)[name]
+        drawn[name] = columns
         if p.dim() > 1:
             real = p.real if p.is_complex() else p
-            rows = real.new_empty(count, rank, p[0].numel()).normal_(generator=generator(p.device))
-            columns = (columns @ rows.to(p.dtype) / math.sqrt(rank)).reshape(count, *p.shape)
-        drawn[name] = columns
+            rows = real.new_empty(count, rank, *p.shape[1:]).normal_(generator=generator(p.device))
+            drawn[name] = LowRank(columns / math.sqrt(rank), rows.to(p.dtype))
     return drawn
 
 

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fomoh_fx.low_rank import LowRank
+
 
 def update(
     parameters: Sequence[Tensor],
-    directions: Sequence[Tensor],
+    directions: Sequence[Tensor | LowRank],
     kappa: Tensor,
     rates: Sequence[Tensor],
     decays: Mapping[int, Tensor],
@@ -20,7 +22,7 @@ def update(
 
     Args:
         parameters: what moves.
-        directions: [K, *shape] for each.
+        directions: [K, *shape] for each, or the factors.
         kappa: [K].
         rates: lr for each parameter, 0-dim.
         decays: lr decay, 0-dim, by the number of each parameter that decays.
@@ -31,13 +33,20 @@ def update(
     """
     moved, proposed = [], []
     for i, (p, v, rate) in enumerate(zip(parameters, directions, rates, strict=True)):
-        change = (torch.tensordot(kappa.to(v), v, 1) * rate).to(p.dtype)
+        change = (_combined(kappa, v) * rate).to(p.dtype)
         moved.append(change)
         proposed.append((p * (1 - decays[i]) if i in decays else p) + change)
     valid = all_finite([*needed, *proposed])
     for p, there in zip(parameters, proposed, strict=True):
         p.copy_(torch.where(valid.to(p.device), there, p))
     return [valid, *(torch.where(valid.to(change.device), change, 0) for change in moved)]
+
+
+def _combined(kappa: Tensor, v: Tensor | LowRank) -> Tensor:
+    """sum_i kappa_i v_i."""
+    if isinstance(v, LowRank):
+        return v.combined(kappa.to(v.left))
+    return torch.tensordot(kappa.to(v), v, 1)
 
 
 def all_finite(values: Sequence[Tensor]) -> Tensor:

@@ -186,9 +186,9 @@ class _Derivative:
     def _second_graph(self, which: Sequence[int]) -> tuple[fx.GraphModule, Layout]:
         """A graph of (all active primals, the tangents of ``which``, the second directions of ``which``)."""
         module = self._first_graph(which)
-        seeds = [inputs_of(module)[i] for i in which]
+        seeds = {inputs_of(module)[i]: None for i in which}
         results = results_of(module)
-        scope = Scope(analyse(module.graph, seeds, results).active)
+        scope = Scope(analyse(module.graph, list(seeds), results).active)
         expanded, layout = expand(module, seeds, range(len(results)), Components(1, None), scope)
         count = len(self.xs) + len(which)
 

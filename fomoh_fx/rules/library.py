@@ -14,6 +14,7 @@ from fomoh_fx.rules import (  # noqa: F401  each registers its operators
     linalg,
     linear,
     loss,
+    low_rank,
     norm,
     random,
     recurrent,

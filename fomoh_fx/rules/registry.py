@@ -23,6 +23,7 @@ Operator = OpOverload | HigherOrderOperator
 Rule = Callable[..., Any]
 
 RULES: dict[Operator, Rule] = {}
+FACTORED: dict[Operator, Rule] = {}  # for tangents of low rank: rules/low_rank.py; others have them multiplied out
 COMPOSITES: dict[Operator, Callable[..., Any]] = {}
 KINDS: dict[Any, str] = {}  # looked up by the target of any node
 DEFAULT: list[Callable[[Operator], Rule]] = []  # one maker of rules for operators without: rules/fallback.py
@@ -136,6 +137,8 @@ def register_rule(op: Any, rule: Rule | Composite) -> None:
     if not ops or any(isinstance(o, OpOverload) and o._schema.is_mutable for o in ops):
         raise ArgumentError(f"op: {op} changes its arguments; graphs have functional operators only, so register those")
     register(ops, rule)
+    for known in ops:
+        FACTORED.pop(known, None)
 
 
 def supported_ops() -> dict[str, str]:

@@ -44,6 +44,15 @@ def test_planes_agree(name, directions, curvature):
         assert found and max(found.values()) <= TOLERANCES[torch.float64], (maker, found)
 
 
+def test_directions_of_low_rank_agree():
+    made = problem.make(MODELS["tiny"], 2, 2, "ggn", dtype=torch.float64, rank=1)
+    for maker in (ours.plane_by_factors, ours.plane):
+        found = errors(maker(made, OPTIONS, compiled=False).result(), problem.truth(made))
+        assert max(found.values()) <= TOLERANCES[torch.float64], (maker, found)
+    with pytest.raises(Absent, match="--rank"):
+        ours.plane_by_factors(problem.make(MODELS["tiny"], 2, 2), OPTIONS)
+
+
 @pytest.mark.parametrize("maker", [backprop.sgd, backprop.sgd_checkpointed, mezo.step])
 def test_steps_start_at_the_same_loss(maker):
     made = problem.make(MODELS["tiny"], 4, 2, dtype=torch.float64)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 import fomoh_fx
+from fomoh_fx.low_rank import dense
 from fomoh_fx.optim import FGD, FoMoH, FoMoHKD
 from fomoh_fx.optim.directions import Batch
+from fomoh_fx.optim.samplers import Proposed
 
 ALL = (FGD, FoMoH, FoMoHKD)
 
@@ -58,9 +60,9 @@ def classifier(curvature: str = "hessian", dtype: torch.dtype = torch.float64):
     return fomoh_fx.transform(model, nn.functional.cross_entropy, curvature=curvature), x, (y,)
 
 
-def flat(stacks: dict[str, Tensor]) -> Tensor:
+def flat(stacks: Proposed) -> Tensor:
     """[K, n]: the directions as rows."""
-    return torch.cat([v.reshape(v.shape[0], -1) for v in stacks.values()], 1)
+    return torch.cat([dense(v).reshape(v.shape[0], -1) for v in stacks.values()], 1)
 
 
 def parameters_of(module: nn.Module) -> Tensor:

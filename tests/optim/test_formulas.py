@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import fomoh_fx
+from fomoh_fx.low_rank import dense
 from fomoh_fx.optim import FGD, FoMoH, FoMoHKD
 from tests.optim.problems import ALL, Quadratic, Rosenbrock, classifier, flat, next_directions, parameters_of
 from tests.oracle import reverse_over_reverse
@@ -33,8 +34,9 @@ def test_quadratic_by_hand(optimizer, sampler):
         torch.testing.assert_close(parameters_of(model), expected)
 
 
+@pytest.mark.parametrize("sampler", ["normal", "low_rank"])
 @pytest.mark.parametrize("optimizer", ALL)
-def test_classifier_against_reverse_mode(optimizer):
+def test_classifier_against_reverse_mode(optimizer, sampler):
     hd, x, (y,) = classifier()
     names = [name for name, _ in hd.module.named_parameters()]
 
@@ -42,8 +44,8 @@ def test_classifier_against_reverse_mode(optimizer):
         logits = torch.func.functional_call(hd.model, dict(zip(names, parameters, strict=True)), x)
         return nn.functional.cross_entropy(logits, y)
 
-    opt = optimizer(hd, lr=0.1, directions=4, seed=0)
-    directions = next_directions(opt)
+    opt = optimizer(hd, lr=0.1, directions=4, sampler=sampler, seed=0)
+    directions = {name: dense(v) for name, v in next_directions(opt).items()}
     value, g, h = reverse_over_reverse(function, [*hd.module.parameters()], [directions[name] for name in names])
     expected = parameters_of(hd.model) + 0.1 * expected_step(opt, g, h, flat(directions))
     torch.testing.assert_close(opt.step(x, targets=(y,)), value)

@@ -85,6 +85,7 @@ MADE = {
     "FoMoH-KD": lambda hd: FoMoHKD(hd, lr=0.5, seed=0, previous_step=True, weight_decay=0.1, diagnostics=True),
     "trust region": lambda hd: FoMoHKD(hd, solver="trust_region", seed=0),
     "Levenberg-Marquardt": lambda hd: FoMoHKD(hd, solver="levenberg_marquardt", sampler="rademacher", seed=0),
+    "low rank": lambda hd: FoMoHKD(hd, lr=0.5, sampler="low_rank", seed=0),
     "activity": lambda hd: FoMoHKD(hd, sampler="activity", seed=0),
     "Newton": lambda hd: Newton(hd, solver="saddle_free"),
 }
