@@ -32,6 +32,7 @@ from fomoh_fx.passes.guess import (
     places_of,
     values_of,
 )
+from fomoh_fx.passes.layouts import settle
 from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
 from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.passes.simplify import simplify
@@ -185,7 +186,7 @@ class ActivityGradient:
             values = values_of(module, [what.value(call.tensors) for what in program.inputs], label=False)
             plan = self._plan(module, program, values, trained, at)
         graph = guess(module, plan)
-        for rewrite in (eliminate, simplify, merge_common_subexpressions, eliminate):
+        for rewrite in (eliminate, simplify, merge_common_subexpressions, settle, eliminate):
             graph = rewrite(graph)
             verify(graph, "guess")
         positions = {n: i for i, n in enumerate(inputs_of(module))}

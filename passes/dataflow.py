@@ -72,6 +72,13 @@ def root_of(node: fx.Node) -> fx.Node:
     return node
 
 
+def owner_of(node: fx.Node) -> fx.Node:
+    """The node that owns the memory, where each output of an operator that has several owns its own."""
+    while node.op == "call_function" and is_view(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def escapes(node: fx.Node) -> bool:
     """Whether the graph returns the value, or a view of it."""
     return any(user.op == "output" or (_passes_on(user, node) and escapes(user)) for user in node.users)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.passes.dataflow import bodies_of, is_assertion, is_view
+from fomoh_fx.passes.dataflow import bodies_of, is_assertion, owner_of
 from fomoh_fx.sizes import known
 
 #: Nodes of a region, from which on compiling it once is worth its calls.
@@ -143,7 +143,7 @@ def _repetition(stretches: list[list[fx.Node]], first: int) -> Repetition | None
             columns[column] = None
         elif len(inside) > 1:
             return None
-    if any(len(set(map(_owner, run))) < len(columns) for run in zip(*columns, strict=True)):
+    if any(len(set(map(owner_of, run))) < len(columns) for run in zip(*columns, strict=True)):
         return None  # Dynamo takes no two operands that share memory
     returned = [
         q
@@ -151,7 +151,7 @@ def _repetition(stretches: list[list[fx.Node]], first: int) -> Repetition | None
         if any(user not in of for of, node in zip(places, runs, strict=True) for user in node.users)
     ]
     values = [stretches[0][q] for q in returned]
-    owners = {_owner(node) for node in values}
+    owners = {owner_of(node) for node in values}
     if len(owners) < len(values) or not owners <= places[0].keys():
         return None
     if not all(isinstance(node.meta.get("val"), Tensor) for node in values):
@@ -167,13 +167,6 @@ def _columns(stretches: list[list[fx.Node]]) -> Iterator[Column]:
 
 def _taken(node: fx.Node) -> list[fx.Node]:
     return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]
-
-
-def _owner(node: fx.Node) -> fx.Node:
-    """The node whose memory it is; each output of an operator that has several owns its own."""
-    while is_view(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
 
 
 def _replace(graph: fx.Graph, found: Repetition) -> None:

@@ -13,7 +13,7 @@ from fomoh_fx.passes.activity import analyse, ancestors
 from fomoh_fx.passes.cse import merge_common_subexpressions
 from fomoh_fx.passes.eliminate import eliminate
 from fomoh_fx.passes.expand import Layout, Scope, expand
-from fomoh_fx.passes.layouts import refuse_sparse, views_as_reshapes
+from fomoh_fx.passes.layouts import refuse_sparse, settle
 from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
 from fomoh_fx.passes.simplify import simplify
 from fomoh_fx.passes.verify import verify
@@ -22,7 +22,7 @@ from fomoh_fx.passes.verify import verify
 REWRITES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
     "simplify": simplify,
     "cse": merge_common_subexpressions,
-    "layouts": views_as_reshapes,
+    "layouts": settle,
     "eliminate": eliminate,
 }
 

@@ -1,7 +1,9 @@
 """Scaled dot-product attention by its mathematics: softmax(scale q k^T + mask) v.
 
 The fused kernels have no second derivative, and the composite needs none of them. A row whose elements are all masked
-gives zeros, as in PyTorch's own form. Products keep the type of their factors and are summed wider inside.
+gives zeros, as in PyTorch's own form. Products keep the type of their factors and are summed wider inside. Long
+sequences take a few rows of queries at a time, exactly, so that the memory of every component grows with their length
+and not with its square.
 """
 
 from __future__ import annotations
@@ -11,19 +13,27 @@ import math
 import torch
 from torch import Tensor
 
+from fomoh_fx.passes.retrace import in_body
 from fomoh_fx.rules.precision import wide
 from fomoh_fx.rules.registry import Composite, register
 
 aten = torch.ops.aten
 
+#: The most scores of one head that are computed at once; of more, so many rows at a time (benchmarks/README.md).
+MOST_SCORES = 2**20
+ROWS = 128
+
 
 def _scores(
-    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+    query: Tensor, key: Tensor, mask: Tensor | None, causal_from: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """scale q k^T + mask [.., L, S], and the mask as what is added: -inf where a boolean one is False."""
+    """scale q k^T + mask [.., L, S], and the mask as what is added: -inf where a boolean one is False.
+
+    ``causal_from`` are the places [L] of the queries where none sees a later key.
+    """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if is_causal:
-        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if causal_from is not None:
+        mask = causal_from.unsqueeze(1) >= torch.arange(key.shape[-2], device=query.device)
     if mask is not None and mask.dtype == torch.bool:
         zeros = torch.zeros_like(mask, dtype=query.dtype)
         mask = zeros.masked_fill(mask.logical_not(), -torch.inf)
@@ -32,24 +42,68 @@ def _scores(
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, causal_from: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The attention's output, and its scores."""
-    scores, mask = _scores(query, key, mask, is_causal, scale)
+    scores, mask = _scores(query, key, mask, causal_from, scale)
     softmax = (
         aten._softmax.default(scores, -1, False)
-        if mask is None or is_causal
+        if mask is None or causal_from is not None
         else aten._safe_softmax.default(scores, -1)
     )
     weights = aten.native_dropout.default(softmax, dropout_p, True)[0] if dropout_p > 0 else softmax
     return torch.matmul(weights, value), scores
 
 
+def _attend_by_rows(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The output, and logsumexp of the scores, one part of the rows after the other in one body."""
+    length = query.shape[-2]
+    count = -(-length // ROWS)
+
+    def parts(x: Tensor) -> Tensor:
+        """[.., L, D] -> [count, .., ROWS, D], with rows of zeros where there are no more."""
+        x = aten.constant_pad_nd.default(x, [0, 0, 0, count * ROWS - length])
+        return x.unflatten(-2, (count, ROWS)).movedim(-3, 0)
+
+    def joined(x: Tensor) -> Tensor:
+        return x.movedim(0, -3).flatten(-3, -2).narrow(-2, 0, length)
+
+    def body(query: Tensor, places: Tensor, *rest: Tensor) -> list[Tensor]:
+        """``rest`` is the part of a mask that has these rows, key, value, and any other mask."""
+        own, (key, value, *other) = (rest[:1], rest[1:]) if has_rows else ((), rest)
+        mask = next(iter((*own, *other)), None)
+        output, scores = _attend(query, key, value, mask, 0.0, places if is_causal else None, scale)
+        return [output, torch.logsumexp(wide(scores), -1, keepdim=True)]
+
+    has_rows = mask is not None and mask.ndim > 1 and mask.shape[-2] != 1
+    places = torch.arange(count * ROWS, device=query.device).reshape(count, ROWS)
+    by_part = [parts(query), places] + ([parts(mask)] if has_rows else [])
+    shared = [key, value] + ([] if mask is None or has_rows else [mask])
+    output, logarithms = torch.ops.higher_order.map_impl(in_body(body), by_part, shared)
+    return joined(output), joined(logarithms).squeeze(-1)
+
+
 def _repeated(x: Tensor, times: int) -> Tensor:
     """[.., H, S, D] -> [.., times * H, S, D], each head as often as there are queries for it."""
     *batch, heads, length, size = x.shape
     return x.unsqueeze(-3).expand(*batch, heads, times, length, size).reshape(*batch, heads * times, length, size)
+
+
+def _computed(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output, and logsumexp of the scores, in float32 for half types."""
+    rows, columns = query.shape[-2], key.shape[-2]
+    is_static = isinstance(rows, int) and isinstance(columns, int)
+    if is_static and rows > ROWS and rows * columns > MOST_SCORES and not dropout_p:  # a body draws nothing
+        return _attend_by_rows(query, key, value, mask, is_causal, scale)
+    places = torch.arange(rows, device=query.device) if is_causal else None
+    output, scores = _attend(query, key, value, mask, dropout_p, places, scale)
+    return output, torch.logsumexp(wide(scores), -1)
 
 
 def _attention(
@@ -59,16 +113,14 @@ def _attention(
     if enable_gqa:
         heads = query.shape[-3]
         key, value = (x if x.shape[-3] == heads else _repeated(x, heads // x.shape[-3]) for x in (key, value))
-    return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale)[0]
+    return _computed(query, key, value, attn_mask, dropout_p, is_causal, scale)[0]
 
 
 def _flash_attention_for_cpu(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False, *,
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output, and logsumexp of the scores, in float32 for half types."""
-    output, scores = _attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    return output, torch.logsumexp(wide(scores), -1)
+    return _computed(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
 
 register(aten.scaled_dot_product_attention.default, Composite(_attention))

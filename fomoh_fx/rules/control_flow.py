@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._prims_common import make_contiguous_strides_for
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.errors import UnsupportedOpError
@@ -59,16 +61,13 @@ class Pattern:
         return len(self.tangents)
 
     def completed(self, i: int, value: Any, components: Components) -> HyperDual:
-        """The value number i with zeros for the components that it lacks.
-
-        All contiguous: the layout may not differ between branches or iterations.
-        """
+        """The value number i with zeros for the components that it lacks, all in one layout."""
         value = value if isinstance(value, HyperDual) else HyperDual(value)
 
         def part(x: Tensor | None, count: int) -> Tensor:
-            return (value.primal.new_zeros((count, *value.primal.shape)) if x is None else x).contiguous()
+            return _in_order(value.primal.new_zeros((count, *value.primal.shape)) if x is None else x)
 
-        primal = value.primal.contiguous() if isinstance(value.primal, Tensor) else value.primal
+        primal = _in_order(value.primal) if isinstance(value.primal, Tensor) else value.primal
         tangent = part(value.tangent, components.directions) if self.tangents[i] else None
         return HyperDual(primal, tangent, part(value.cross, components.count) if self.crosses[i] else None)
 
@@ -88,6 +87,13 @@ class Pattern:
     def width(self) -> int:
         """How many values :meth:`pack` makes."""
         return len(self) + sum(self.tangents) + sum(self.crosses)
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """With the usual strides, also of axes of size one: they may not differ between branches or iterations."""
+    if statically_known_true(sym_eq(tuple(x.stride()), make_contiguous_strides_for(x.shape))):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _flat(duals: Sequence[HyperDual]) -> list[Any]:

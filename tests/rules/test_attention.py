@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import fomoh_fx
+from fomoh_fx.rules import attention
 from fomoh_fx.rules.registry import COMPOSITES
 from tests.oracle import relative_error, reverse_over_reverse
 from tests.rules.checking import Sample, check
@@ -48,14 +49,23 @@ CASES = [(op, sample) for op, samples in SAMPLES.items() for sample in samples]
 IDS = [f"{op}-{s.name or i}" for i, (op, s) in enumerate(CASES)]
 
 
+@pytest.fixture(params=[False, True], ids=["whole", "by rows"])
+def by_rows(request, monkeypatch):
+    """Two rows at a time, as of long sequences."""
+    if request.param:
+        monkeypatch.setattr(attention, "MOST_SCORES", 0)
+        monkeypatch.setattr(attention, "ROWS", 2)
+    return request.param
+
+
 @pytest.mark.parametrize("second_order", ["plane", "diagonal", "trace"])
 @pytest.mark.parametrize(("op", "sample"), CASES, ids=IDS)
-def test_rule(op, sample, second_order):
+def test_rule(op, sample, second_order, by_rows):
     check(op, sample, second_order)
 
 
 @pytest.mark.parametrize(("op", "sample"), CASES, ids=IDS)
-def test_primal_equals_the_operator(op, sample):
+def test_primal_equals_the_operator(op, sample, by_rows):
     expected, found = op(*sample.args, **sample.kwargs), COMPOSITES[op](*sample.args, **sample.kwargs)
     torch.testing.assert_close(found, expected)
 

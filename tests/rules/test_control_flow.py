@@ -178,6 +178,56 @@ def test_compiled(name):
     check(*CASES[name], (r(5, 3), r(3, 3)), directions=2, compiled=True)
 
 
+def _halves(x):
+    return [part.clone() for part in (x * 2).chunk(2)]
+
+
+def _scanned(x):
+    a, b = _halves(x)
+    return scan(lambda c, row: (c * row, c.sin()), a[0].clone(), b)[1]
+
+
+def _looped(x):
+    return while_loop(lambda i, a, b: i < 3, lambda i, a, b: (i + 1, a * b, b.sin()), (torch.tensor(0), *_halves(x)))[1]
+
+
+def _looped_plain(x):
+    a, b = _halves(x)
+    for _ in range(3):
+        a, b = a * b, b.sin()
+    return a
+
+
+def _scanned_plain(x):
+    (c, *_), rows = _halves(x)
+    found = []
+    for row in rows:
+        found.append(c.sin())
+        c = c * row
+    return torch.stack(found)
+
+
+HALVES = {
+    "cond": (
+        lambda x: torch.cond(x.sum() > 100, lambda a, b: a.sin() * b, lambda a, b: a.cos() * b, _halves(x)),
+        lambda x: _halves(x)[0].cos() * _halves(x)[1],
+    ),
+    "map": (
+        lambda x: higher_order_map(lambda row, rows: (row * rows).sin(), *_halves(x)),
+        lambda x: torch.stack([(row * _halves(x)[1]).sin() for row in _halves(x)[0]]),
+    ),
+    "scan": (_scanned, _scanned_plain),
+    "while_loop": (_looped, _looped_plain),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", HALVES)
+def test_operands_are_parts_of_one_tensor(name, compiled):
+    """Copied by the model, they and their components share memory again once needless copies are left out."""
+    check(*HALVES[name], (r(4, 3),), directions=1, compiled=compiled)
+
+
 # Flexible attention.
 
 
