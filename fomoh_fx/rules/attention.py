@@ -1,7 +1,7 @@
 """Scaled dot-product attention by its mathematics: softmax(scale q k^T + mask) v.
 
 The fused kernels have no second derivative, and the composite needs none of them. A row whose elements are all masked
-gives zeros, as in PyTorch's own form. Products keep the type of their factors and are summed wider inside. Long
+gives zeros, as in PyTorch's own form. Half types are computed in float32 inside, as PyTorch does. Long
 sequences take a few rows of queries at a time, exactly, so that the memory of every component grows with their length
 and not with its square.
 """
@@ -46,6 +46,7 @@ def _attend(
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The attention's output, and its scores."""
+    dtype, (query, key, value) = value.dtype, map(wide, (query, key, value))
     scores, mask = _scores(query, key, mask, causal_from, scale)
     softmax = (
         aten._softmax.default(scores, -1, False)
@@ -53,7 +54,7 @@ def _attend(
         else aten._safe_softmax.default(scores, -1)
     )
     weights = aten.native_dropout.default(softmax, dropout_p, True)[0] if dropout_p > 0 else softmax
-    return torch.matmul(weights, value), scores
+    return torch.matmul(weights, value).to(dtype), scores
 
 
 def _attend_by_rows(
@@ -76,7 +77,7 @@ def _attend_by_rows(
         own, (key, value, *other) = (rest[:1], rest[1:]) if has_rows else ((), rest)
         mask = next(iter((*own, *other)), None)
         output, scores = _attend(query, key, value, mask, 0.0, places if is_causal else None, scale)
-        return [output, torch.logsumexp(wide(scores), -1, keepdim=True)]
+        return [output, torch.logsumexp(scores, -1, keepdim=True)]
 
     has_rows = mask is not None and mask.ndim > 1 and mask.shape[-2] != 1
     places = torch.arange(count * ROWS, device=query.device).reshape(count, ROWS)
@@ -103,7 +104,7 @@ def _computed(
         return _attend_by_rows(query, key, value, mask, is_causal, scale)
     places = torch.arange(rows, device=query.device) if is_causal else None
     output, scores = _attend(query, key, value, mask, dropout_p, places, scale)
-    return output, torch.logsumexp(wide(scores), -1)
+    return output, torch.logsumexp(scores, -1)
 
 
 def _attention(

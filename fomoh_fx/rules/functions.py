@@ -57,6 +57,15 @@ def _masked_log(x: Any, exponent: Any) -> Any:
     return torch.where(kept, 0.0, _log(x) if isinstance(x, Tensor) else torch.full_like(exponent.real, -math.inf))
 
 
+def _sigmoid(x: Tensor) -> Tensor:
+    """1/(1 + exp(-x)); PyTorch's own of a complex number with a large negative real part is not a number."""
+    if not x.is_complex():
+        return torch.sigmoid(x)
+    right = x.real >= 0
+    small = torch.where(right, -x, x).exp()
+    return torch.where(right, 1.0, small) / (1 + small)
+
+
 def _inverse(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0.0, 1 / x)
 
@@ -86,7 +95,7 @@ def _quotient(rounding: str) -> Callable[[Any, Any], Any]:
 
 
 NAMED: dict[str, Named] = {
-    "sigmoid": Named(("y*(1 - y)",), torch.sigmoid),
+    "sigmoid": Named(("y*(1 - y)",), _sigmoid),
     "softplus": Named(("sigmoid(x)",), torch.nn.functional.softplus),
     "log1p": Named(("1/(1 + x)",), _log1p),
     "erfcx": Named(("2*x*y - 2/sqrt(pi)",), torch.special.erfcx),

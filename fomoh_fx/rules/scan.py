@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import SymInt, Tensor
 
+from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.rules.registry import Composite, register
 
 aten = torch.ops.aten
@@ -45,6 +46,11 @@ def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor
 
 def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
     """At infinity reverse mode has no derivative, as in logsumexp: neither has log(exp(x)) there."""
+    if x.is_complex():
+        raise UnsupportedOpError(
+            "a complex number has many logarithms, and which of them PyTorch returns follows from its order of summation: "
+            "write torch.cumsum(x.exp(), dim).log()"
+        )
     return _doubled(_logaddexp, torch.where(x == torch.inf, x.exp().log(), x), dim)
 
 

@@ -20,10 +20,11 @@ from tests.coverage.expansion import directions_of, expand, quick_capture
 from tests.coverage.isolation import isolated
 from tests.coverage.samples import Case, cases, operators
 from tests.coverage.table import Verdict
-from tests.coverage.truth import Truth, confirmed_truth
+from tests.coverage.truth import Truth, confirmed_truth, noise
 from tests.oracle import relative_error
 
 TOGETHER = 24
+NOISE = 4.0  # an error of so many times what another rounding of the inputs does to reverse mode is its own
 TIMEOUT = 3600.0  # seconds for all samples of one operator
 Judge = Callable[[str, Any, int | None], Verdict]
 
@@ -91,7 +92,7 @@ def _judge_together(group: Sequence[Case], verdict: Verdict, random: bool) -> No
         errors = truth.errors(expansion.tangents, expansion.crosses)
         if differs and not redrawn:
             verdict.add("wrong", f"{case.name}: value off by {relative_error(expansion.primal, primal):.1e}")
-        elif max(errors) > truth.tolerance:
+        elif max(errors) > truth.tolerance and max(errors) > NOISE * _noise(case, truth, evaluate if redrawn else None):
             reason = f"tangent off by {errors[0]:.1e}, cross by {errors[1]:.1e}, of {truth.source}"
             verdict.add("wrong", f"{case.name}: {reason}")
         else:
@@ -112,6 +113,10 @@ def truth_of(case: Case, function: Callable[..., Tensor] | None = None) -> Truth
     return confirmed_truth(
         function or case.projected, case.points, directions_of(case), case.tolerance, not by_convention
     )
+
+
+def _noise(case: Case, truth: Truth, function: Callable[..., Tensor] | None) -> float:
+    return noise(truth, function or case.projected, case.points, directions_of(case))
 
 
 def _differs(actual: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -62,6 +62,19 @@ def confirmed_truth(
     return reverse if near is not None and near.confirms(reverse) else None  # type: ignore[arg-type]
 
 
+def noise(truth: Truth, function: Callable[..., Tensor], xs: Sequence[Tensor], directions: Sequence[Tensor]) -> float:
+    """How far reverse mode moves when its inputs are rounded once more, the largest of a few times; else nothing."""
+    if truth.source != "reverse mode":
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    moved = [0.0]
+    for _ in range(3):
+        near = [x * (1 + torch.finfo(x.dtype).eps * torch.rand(x.shape, generator=generator)) for x in xs]
+        other = _reverse(function, near, directions, truth.tolerance)
+        moved += [] if other is None else truth.errors(other.tangents, other.crosses)
+    return max(moved)
+
+
 def _reverse(
     function: Callable[..., Tensor], xs: Sequence[Tensor], directions: Sequence[Tensor], tolerance: float
 ) -> Truth | None:

@@ -48,6 +48,20 @@ def test_rule(op, sample, second_order):
     check(op, sample, second_order)
 
 
+def test_arguments_far_apart():
+    """PyTorch's sigmoid of a complex number overflows there, and reverse mode gives no number."""
+    far = torch.tensor([1e4 + 1j, -1e4 + 2j, 3.0], dtype=torch.complex128)
+    v = z(2, 3)
+    out = fomoh_fx.transform(lambda x: torch.logaddexp(x, x.roll(1)), wrt="inputs")(far, tangents=(v,))
+    torch.testing.assert_close(out.tangent, v[:, [0, 0, 2]])
+    assert not out.cross.any()
+
+
+def test_which_logarithm_of_a_running_sum_is_refused():
+    with pytest.raises(fomoh_fx.UnsupportedOpError, match="many logarithms"):
+        fomoh_fx.transform(lambda x: torch.logcumsumexp(x, 0), wrt="inputs")(z(3), tangents=(z(1, 3),))
+
+
 ELEMENTWISE = {
     aten.exp.default: 1, aten.log.default: 1, aten.sin.default: 1, aten.cos.default: 1, aten.tanh.default: 1,
     aten.sqrt.default: 1, aten.rsqrt.default: 1, aten.reciprocal.default: 1, aten.square.default: 1,
