@@ -48,8 +48,8 @@ def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
     """At infinity reverse mode has no derivative, as in logsumexp: neither has log(exp(x)) there."""
     if x.is_complex():
         raise UnsupportedOpError(
-            "a complex number has many logarithms, and which of them PyTorch returns follows from its order of summation: "
-            "write torch.cumsum(x.exp(), dim).log()"
+            "a complex number has many logarithms, and which of them PyTorch returns follows from its order of "
+            "summation: write torch.cumsum(x.exp(), dim).log()"
         )
     return _doubled(_logaddexp, torch.where(x == torch.inf, x.exp().log(), x), dim)
 

@@ -69,7 +69,8 @@ def noise(truth: Truth, function: Callable[..., Tensor], xs: Sequence[Tensor], d
     generator = torch.Generator().manual_seed(0)
     moved = [0.0]
     for _ in range(3):
-        near = [x * (1 + torch.finfo(x.dtype).eps * torch.rand(x.shape, generator=generator)) for x in xs]
+        rounding = [torch.rand(x.shape, generator=generator, dtype=torch.float64) for x in xs]
+        near = [x * (1 + 2 * torch.finfo(x.dtype).eps * u).to(x.dtype) for x, u in zip(xs, rounding, strict=True)]
         other = _reverse(function, near, directions, truth.tolerance)
         moved += [] if other is None else truth.errors(other.tangents, other.crosses)
     return max(moved)
