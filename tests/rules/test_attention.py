@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import fomoh_fx
+from fomoh_fx.passes.dataflow import graphs_in
 from fomoh_fx.rules import attention
 from fomoh_fx.rules.registry import COMPOSITES
 from tests.oracle import relative_error, reverse_over_reverse
@@ -68,6 +69,51 @@ def test_rule(op, sample, second_order, by_rows):
 def test_primal_equals_the_operator(op, sample, by_rows):
     expected, found = op(*sample.args, **sample.kwargs), COMPOSITES[op](*sample.args, **sample.kwargs)
     torch.testing.assert_close(found, expected)
+
+
+def sizes(hd):
+    """How many numbers the values have, those inside of bodies too."""
+    nodes = [n for part in graphs_in(hd.stages["eliminate"]) for n in part.graph.nodes]
+    return [n.meta["val"].numel() for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": torch.zeros(1, 1, 1100)}], ids=str)
+def test_a_long_sequence_has_no_square_of_scores(options):
+    """And is what the fused kernel computes; its mask has no rows, or is made row by row."""
+    q, k, v = r(1, 1100, 2), r(1, 1100, 2), r(1, 1100, 2)
+    options = {name: x.double() if name == "attn_mask" else x for name, x in options.items()}
+    hd = fomoh_fx.transform(lambda q: scaled_dot_product_attention(q, k, v, **options), wrt="inputs")
+    out = hd(q, tangents=(r(2, *q.shape),))
+    torch.testing.assert_close(out.primal, scaled_dot_product_attention(q, k, v, **options))
+    assert max(sizes(hd)) <= 3 * attention.ROWS * 1100 < 1100**2
+
+
+def test_dropout_takes_all_rows_at_once(monkeypatch):
+    """One mask is drawn for all of them."""
+    monkeypatch.setattr(attention, "MOST_SCORES", 0)
+    monkeypatch.setattr(attention, "ROWS", 2)
+    hd = fomoh_fx.transform(lambda q: scaled_dot_product_attention(q, K, V, dropout_p=0.5), wrt="inputs")
+    hd(Q, tangents=(r(2, *Q.shape),))
+    assert not hd.stages["eliminate"].graph.find_nodes(op="call_function", target=torch.ops.higher_order.map_impl)
+
+
+@pytest.mark.slow
+def test_rows_of_parts_of_one_tensor_compiled(monkeypatch):
+    """Queries, keys and values share memory, which the operator that maps over rows forbids."""
+    monkeypatch.setattr(attention, "MOST_SCORES", 0)
+    monkeypatch.setattr(attention, "ROWS", 2)
+
+    def function(x):
+        q, k, v = x.chunk(3, -1)
+        return scaled_dot_product_attention(q, k, v, is_causal=True).square().sum()
+
+    x, tangents = r(2, 5, 12), (r(2, 2, 5, 12),)
+    hd = fomoh_fx.transform(function, wrt="inputs")
+    expected, found = hd(x, tangents=tangents), fomoh_fx.compile(hd)(x, tangents=tangents)
+    _, slopes, crosses = reverse_over_reverse(function, [x], tangents)
+    for out in (expected, found):
+        torch.testing.assert_close(out.tangent, slopes)
+        torch.testing.assert_close(out.hessian(), crosses)
 
 
 def test_a_fully_masked_row_has_no_derivative():
