@@ -4,7 +4,7 @@ python -m benchmarks plane --quick                        value, slopes and K x 
 python -m benchmarks all --jax ~/jax/bin/python --fomoh ~/fomoh/src --jet ~/jet
 python -m benchmarks plane --device cuda --models mlp --directions 3 --batches 256
 
-Work: plane, step (one optimizer step), laplacian (with respect to inputs), memory, compile, or all of them.
+Work: plane, step (one optimizer step), laplacian (with respect to inputs), memory, attention, compile, or all.
 Every peer is optional: what is not there is left out with the reason. JSON and pictures go to --out.
 """
 
@@ -23,7 +23,7 @@ import torch
 from benchmarks import compilation, laplacian, machine, problem, report, suite
 from benchmarks.comparison import Row, compare, prepared
 from benchmarks.contenders.base import Options
-from benchmarks.models import MODELS, deep
+from benchmarks.models import MODELS, Model, attention, deep
 from benchmarks.problem import Problem
 
 #: What each preset measures.
@@ -34,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batches": [256],
         "dimensions": [10],
         "depths": [4, 16],
+        "lengths": [1024, 2048],
         "rounds": 10,
         "seconds": 15.0,
     },
@@ -43,6 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batches": [16, 256, 2048],
         "dimensions": [10, 100],
         "depths": [4, 8, 16, 32, 64],
+        "lengths": [512, 1024, 2048, 4096],
         "rounds": 30,
         "seconds": 60.0,
     },
@@ -63,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batches", nargs="+", type=int, metavar="N")
     made.add_argument("--dimensions", nargs="+", type=int, metavar="D", help="of the Laplacian")
     made.add_argument("--depths", nargs="+", type=int, metavar="L", help="of the memory of deep MLPs")
+    made.add_argument("--lengths", nargs="+", type=int, metavar="L", help="of the sequences that attention looks at")
     made.add_argument("--curvature", nargs="+", choices=["hessian", "ggn"], default=["hessian", "ggn"])
     made.add_argument("--rank", type=int, help="of the directions in every matrix; by default they have no structure")
     made.add_argument("--contenders", nargs="+", default=["*"], metavar="PATTERN", help="names, * for any")
@@ -179,18 +182,41 @@ def laplacians(session: Session) -> None:
 def memories(session: Session) -> None:
     s = session.settings
     for depth in s.depths:
-        made = problem.make(deep(depth), s.batches[0], 1, device=s.device, dtype=session.dtype)
-        makers = {
-            name: partial(_made, make, lambda made=made: (made.fresh(),), session.options)
-            for name, make in suite.chosen(suite.MEMORY, s.contenders).items()
-        }
-        runs, rows = prepared(makers, f"memory {made.model.name}", problem.truth(made), made.tolerance)
-        for name, run in runs.items():
-            rows[name] |= run.memory()
-            run.close()
-        session.add([{**session.common(made), "depth": depth, "contender": name, **row} for name, row in rows.items()])
-        print(report.memories(session.rows[-len(rows) :]), end="\n\n", flush=True)
-    report.curves(session.rows, "depth", "peak_bytes", session.path("png"), 2**-20, "peak of one repetition, MiB")
+        _memory(session, suite.MEMORY, deep(depth), s.batches[0], "depth", depth)
+    _curves(session, "depth")
+
+
+def attentions(session: Session) -> None:
+    """Memory and time over the length of the sequence, one sample."""
+    for length in session.settings.lengths:
+        made = _memory(session, suite.ATTENTION, attention(length), 1, "length", length)
+        session.compare(
+            suite.ATTENTION, lambda made=made: (made,), problem.truth(made), made.tolerance, session.common(made)
+        )
+    _curves(session, "length")
+
+
+def _memory(
+    session: Session, contenders: suite.Contenders, model: Model, samples: int, axis: str, value: int
+) -> Problem:
+    s = session.settings
+    made = problem.make(model, samples, 1, device=s.device, dtype=session.dtype)
+    makers = {
+        name: partial(_made, make, lambda: (made.fresh(),), session.options)
+        for name, make in suite.chosen(contenders, s.contenders).items()
+    }
+    runs, rows = prepared(makers, f"memory {model.name}", problem.truth(made), made.tolerance)
+    for name, run in runs.items():
+        rows[name] |= run.memory()
+        run.close()
+    session.add([{**session.common(made), axis: value, "contender": name, **row} for name, row in rows.items()])
+    print(report.memories(session.rows[-len(rows) :]), end="\n\n", flush=True)
+    return made
+
+
+def _curves(session: Session, axis: str) -> None:
+    rows = [row for row in session.rows if axis in row]
+    report.curves(rows, axis, "peak_bytes", session.path("png"), 2**-20, "peak of one repetition, MiB")
 
 
 def compilations(session: Session) -> None:
@@ -207,6 +233,7 @@ WORK: dict[str, Callable[[Session], None]] = {
     "step": step,
     "laplacian": laplacians,
     "memory": memories,
+    "attention": attentions,
     "compile": compilations,
 }
 
@@ -218,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
             setattr(settings, name, value)
     torch.set_float32_matmul_precision(settings.precision)
     for work in WORK if settings.work == "all" else [settings.work]:
-        if work != "memory":
+        if work not in ("memory", "attention"):
             machine.keep_freed_memory()
         session = Session(settings, work)
         WORK[work](session)

@@ -97,6 +97,20 @@ class Block(nn.Module):
         return self.out((weights @ v).transpose(1, 2).reshape(batch, length, width))
 
 
+class SelfAttention(nn.Module):
+    """Causal, by PyTorch's own operator, and logits for each place."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.head = heads, nn.Linear(width, 3 * width), nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(y.transpose(1, 2).reshape(batch * length, width))
+
+
 class Logits(nn.Module):
     """The head of the transformer; one row for each token."""
 
@@ -170,6 +184,17 @@ def images(channels: int, side: int, samples: int) -> tuple[Tensor, Tensor]:
 
 def tokens(samples: int) -> tuple[Tensor, Tensor]:
     return torch.randint(0, VOCABULARY, (samples, LENGTH)), torch.randint(0, VOCABULARY, (samples * LENGTH,))
+
+
+def sequence(length: int, width: int, samples: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(samples, length, width), torch.randint(0, CLASSES, (samples * length,))
+
+
+def attention(length: int) -> Model:
+    """One layer, so that nothing hides what grows with the length."""
+    return Model(
+        f"attention-{length}", "attention", lambda: nn.Sequential(SelfAttention(64, 4)), partial(sequence, length, 64)
+    )
 
 
 def _gpt(name: str, width: int, heads: int, depth: int) -> Model:

@@ -70,6 +70,13 @@ MEMORY: Contenders = {
 }
 
 
+ATTENTION: Contenders = {
+    BASE: ours.plane,
+    "fomoh_fx, all rows at once": ours.plane_at_once,
+    "gradient": backprop.gradient,
+}
+
+
 def chosen(contenders: Contenders, patterns: Iterable[str]) -> Contenders:
     """Those that match a pattern, and always the base."""
     wanted = list(patterns)

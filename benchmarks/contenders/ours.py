@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ import fomoh_fx
 from benchmarks.contenders.base import Absent, Local, Options, plane_of
 from benchmarks.problem import Problem
 from fomoh_fx.optim import FoMoHKD
+from fomoh_fx.rules import attention
 
 
 def hyperdual(problem: Problem, options: Options, compiled: bool = True) -> fomoh_fx.HyperDualModule:
@@ -29,6 +32,14 @@ def plane_by_factors(problem: Problem, options: Options, compiled: bool = True) 
     if not problem.factors:
         raise Absent("the directions are not of low rank: --rank")
     return _plane(problem, options, problem.factors, compiled)
+
+
+def plane_at_once(problem: Problem, options: Options) -> Local:
+    """With all scores of attention at once."""
+    with patch.object(attention, "MOST_SCORES", math.inf):
+        run = plane(problem, options)
+        run.result()  # traced and compiled here
+    return run
 
 
 def _plane(problem: Problem, options: Options, tangents: Mapping[str, Any], compiled: bool) -> Local:
