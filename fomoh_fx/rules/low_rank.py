@@ -12,6 +12,7 @@ have is expanded by its own rule.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class Way:
     def outer(self, coefficients: Tensor, left: Tensor) -> Tensor:
         """Sums over the ranks: [C, R, *places], [C, M, R] -> [C, *places] with M among the places."""
         c, r, *places = coefficients.shape
-        columns, m, axis = coefficients.reshape(c, r, -1), left.shape[1], self.axis % (len(places) + 1)
+        columns, m, axis = coefficients.reshape(c, r, math.prod(places)), left.shape[1], self.axis % (len(places) + 1)
         if axis == len(places):  # as the rows that it is used as
             return torch.bmm(columns.mT, left.mT).reshape(c, *places, m)
         return torch.bmm(left, columns).reshape(c, m, *places).movedim(1, axis + 1)
@@ -150,7 +151,7 @@ def _embedding(op: Any, components: Components, w: HyperDual, indices: Tensor, *
     tangents = w.tangent
     rows = rule_for(op)(op, components, HyperDual(w.primal, tangents.left), indices, *options)
     k, r, d = tangents.right.shape
-    product = torch.bmm(rows.tangent.reshape(k, -1, r), tangents.right)
+    product = torch.bmm(rows.tangent.reshape(k, indices.numel(), r), tangents.right)
     return HyperDual(rows.primal, product.reshape(k, *indices.shape, d))
 
 

@@ -161,6 +161,30 @@ def test_another_rank_is_another_signature_and_only_that() -> None:
     assert len(hd._specializations.values) == 3
 
 
+@pytest.mark.parametrize("name", ["mlp", "convolution", "tied embedding"])
+def test_an_empty_batch(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = MADE[name]()
+    model.double()
+    hd = fomoh_fx.transform(model, lambda y: y.square().sum())
+    out = hd(x[:0], tangents=factored(model, 2, 1))
+    assert not out.tangent.any() and not out.cross.any()
+
+
+def test_a_dynamic_batch() -> None:
+    model = mlp().double()
+    hd = fomoh_fx.transform(model, lambda y: y.square().sum())
+    tangents = factored(model, 2, 1)
+    traced = hd.trace(r(6, 4), tangents=tangents, dynamic_shapes={"input": {0: torch.export.Dim("batch", min=2)}})
+    for size in (3, 7):
+        x = r(size, 4)
+        out = hd(x, tangents=tangents)
+        assert hd.latest is traced
+        full = fomoh_fx.transform(model, lambda y: y.square().sum())
+        expected = full(x, tangents={name: dense(v) for name, v in tangents.items()})
+        assert relative_error(out.cross, expected.cross) < 1e-10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lower", [fomoh_fx.compile, torch.compile])
 def test_compiled(lower: Callable[..., nn.Module]) -> None:
