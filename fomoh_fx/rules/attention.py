@@ -58,9 +58,10 @@ def _attend(
 
 
 def _attend_by_rows(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """The output, and logsumexp of the scores, one part of the rows after the other in one body."""
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None,
+    with_logarithm: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The output, and logsumexp of the scores if asked for, one part of the rows after the other in one body."""
     length = query.shape[-2]
     count = -(-length // ROWS)
 
@@ -74,17 +75,17 @@ def _attend_by_rows(
 
     def body(query: Tensor, places: Tensor, *rest: Tensor) -> list[Tensor]:
         """``rest`` is the part of a mask that has these rows, key, value, and any other mask."""
-        own, (key, value, *other) = (rest[:1], rest[1:]) if has_rows else ((), rest)
+        own, (key, value, *other) = rest[: len(own_rows)], rest[len(own_rows) :]
         mask = next(iter((*own, *other)), None)
         output, scores = _attend(query, key, value, mask, 0.0, places if is_causal else None, scale)
-        return [output, torch.logsumexp(scores, -1, keepdim=True)]
+        return [output, torch.logsumexp(scores, -1, keepdim=True)] if with_logarithm else [output]
 
-    has_rows = mask is not None and mask.ndim > 1 and mask.shape[-2] != 1
+    own_rows = [mask] if mask is not None and mask.ndim > 1 and mask.shape[-2] != 1 else []
+    for_all = [mask] if mask is not None and not own_rows else []
     places = torch.arange(count * ROWS, device=query.device).reshape(count, ROWS)
-    by_part = [parts(query), places] + ([parts(mask)] if has_rows else [])
-    shared = [key, value] + ([] if mask is None or has_rows else [mask])
-    output, logarithms = torch.ops.higher_order.map_impl(in_body(body), by_part, shared)
-    return joined(output), joined(logarithms).squeeze(-1)
+    by_part = [parts(query), places, *map(parts, own_rows)]
+    output, *logarithm = map(joined, torch.ops.higher_order.map_impl(in_body(body), by_part, [key, value, *for_all]))
+    return output, logarithm[0].squeeze(-1) if with_logarithm else None
 
 
 def _repeated(x: Tensor, times: int) -> Tensor:
@@ -95,16 +96,16 @@ def _repeated(x: Tensor, times: int) -> Tensor:
 
 def _computed(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output, and logsumexp of the scores, in float32 for half types."""
+    scale: float | None, with_logarithm: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The output, and logsumexp of the scores if asked for, in float32 for half types."""
     rows, columns = query.shape[-2], key.shape[-2]
     is_static = isinstance(rows, int) and isinstance(columns, int)
     if is_static and rows > ROWS and rows * columns > MOST_SCORES and not dropout_p:  # a body draws nothing
-        return _attend_by_rows(query, key, value, mask, is_causal, scale)
+        return _attend_by_rows(query, key, value, mask, is_causal, scale, with_logarithm)
     places = torch.arange(rows, device=query.device) if is_causal else None
     output, scores = _attend(query, key, value, mask, dropout_p, places, scale)
-    return output, torch.logsumexp(scores, -1)
+    return output, torch.logsumexp(scores, -1) if with_logarithm else None
 
 
 def _attention(
@@ -114,14 +115,14 @@ def _attention(
     if enable_gqa:
         heads = query.shape[-3]
         key, value = (x if x.shape[-3] == heads else _repeated(x, heads // x.shape[-3]) for x in (key, value))
-    return _computed(query, key, value, attn_mask, dropout_p, is_causal, scale)[0]
+    return _computed(query, key, value, attn_mask, dropout_p, is_causal, scale, False)[0]
 
 
 def _flash_attention_for_cpu(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False, *,
     attn_mask: Tensor | None = None, scale: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _computed(query, key, value, attn_mask, dropout_p, is_causal, scale)
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    return _computed(query, key, value, attn_mask, dropout_p, is_causal, scale, True)
 
 
 register(aten.scaled_dot_product_attention.default, Composite(_attention))
