@@ -1,4 +1,6 @@
-"""How much is tested: ``--every`` compiles every model; ``--hypothesis-profile=thorough`` looks at more."""
+"""How much is tested: ``--every`` runs and compiles every model; ``--hypothesis-profile=thorough`` looks at more."""
+
+from datetime import date
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -11,7 +13,11 @@ settings.load_profile("quick")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every", action="store_true", help="compile every model, not only one of each kind")
+    parser.addoption(
+        "--every",
+        action="store_true",
+        help="run every model, and compile it, not only half of them and one of each kind",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -19,3 +25,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "compiled" in metafunc.fixturenames and hasattr(metafunc.module, "COMPILED"):
         chosen = metafunc.module.CASES if metafunc.config.getoption("--every") else metafunc.module.COMPILED
         metafunc.parametrize("compiled", list(chosen))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the tests marked ``by_turns`` another half runs every day, unless they are asked for one by one."""
+    if config.getoption("--every") or any("::" in argument for argument in config.args):
+        return
+    taking_turns = [item for item in items if item.get_closest_marker("by_turns")]
+    left_out = set(taking_turns[date.today().toordinal() % 2 :: 2])
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]

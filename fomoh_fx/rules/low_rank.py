@@ -78,7 +78,8 @@ def through(way_of: Callable[..., Way | None]) -> Rule:
         at = [i for i, arg in enumerate(args) if isinstance(arg, HyperDual) and isinstance(arg.tangent, LowRank)]
         way = way_of(at[0], args[at[0]].tangent, primals(args, kwargs)[0]) if len(at) == 1 else None
         if way is None or args[at[0]].cross is not None:
-            return rule_for(op)(op, components, *map(multiplied_out, args), **kwargs)
+            options = {name: multiplied_out(value) for name, value in kwargs.items()}
+            return rule_for(op)(op, components, *map(multiplied_out, args), **options)
         rest = [arg.primal if i == at[0] else arg for i, arg in enumerate(args)]
         y = rule_for(op)(op, components, *rest, **kwargs) if any(isinstance(a, HyperDual) for a in rest) else None
         y = y if isinstance(y, HyperDual) else HyperDual(op(*primals(args, kwargs)[0], **kwargs))

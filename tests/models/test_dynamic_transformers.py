@@ -12,7 +12,7 @@ SHORT = {
         raises=UnsupportedOpError, strict=True, reason="with a dynamic batch, rules guard on sizes that data decide"
     )
 }
-MARKS = {n: [pytest.mark.slow, *([SHORT[n]] if n in SHORT else [])] for n in CASES if n != "gpt2"}
+MARKS = {n: [pytest.mark.slow, pytest.mark.by_turns, *([SHORT[n]] if n in SHORT else [])] for n in CASES if n != "gpt2"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, [])) for n in CASES])

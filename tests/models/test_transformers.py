@@ -331,9 +331,10 @@ ROUNDING = 1e-7
 
 
 FAST = [*REQUIRED, "gpt2-cache", "llama-cache", "convnext"]
+MARKS = {n: [] if n in FAST else [pytest.mark.slow, pytest.mark.by_turns] for n in CASES}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=marks) for n, marks in MARKS.items()])
 def test_eager(name: str) -> None:
     check(CASES[name].problem())
 

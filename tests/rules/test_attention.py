@@ -61,8 +61,16 @@ def by_rows(request, monkeypatch):
 
 @pytest.mark.parametrize("second_order", ["plane", "diagonal", "trace"])
 @pytest.mark.parametrize(("op", "sample"), CASES, ids=IDS)
-def test_rule(op, sample, second_order, by_rows):
+def test_rule(op, sample, second_order):
     check(op, sample, second_order)
+
+
+@pytest.mark.parametrize(("op", "sample"), CASES, ids=IDS)
+def test_rule_by_rows(op, sample, monkeypatch):
+    """Two rows at a time, as of long sequences."""
+    monkeypatch.setattr(attention, "MOST_SCORES", 0)
+    monkeypatch.setattr(attention, "ROWS", 2)
+    check(op, sample)
 
 
 @pytest.mark.parametrize(("op", "sample"), CASES, ids=IDS)
