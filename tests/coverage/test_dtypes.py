@@ -28,5 +28,5 @@ def _some(dtype: torch.dtype, count: int) -> list[str]:
 def test_dtype(dtype: torch.dtype) -> None:
     """In lower precision near double precision and of the same dtype; complex numbers by the oracle."""
     judge_one = judge_precision if dtype in NEAR else judge
-    found = list(judge_all(_some(dtype, 30), partial(judge_one, dtype=dtype), MOST, jobs=1))
+    found = list(judge_all(_some(dtype, 15), partial(judge_one, dtype=dtype), MOST, jobs=1))
     assert not [str(verdict) for verdict in found if verdict.outcome in ("wrong", "crash")]

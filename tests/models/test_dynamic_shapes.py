@@ -181,7 +181,7 @@ SLOW = [
     "experts_by_rows", "tabular_transformer", "attention_pooling", "receptance_weighted_key_value", "linear_attention",
     "low_rank_adaptation", "parametrised_weights", "set_prediction", "retention", "point_net", "recurrent_cells",
 ]  # fmt: skip
-MARKS = dict.fromkeys(SLOW, pytest.mark.slow)
+MARKS = dict.fromkeys(SLOW, (pytest.mark.slow, pytest.mark.by_turns))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, ())) for n in PROBLEMS])
