@@ -48,15 +48,14 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """The product, ``[K, M, *rest]``."""
-        k, r = self.right.shape[:2]
-        columns = self.right.reshape(k, r, math.prod(self.right.shape[2:]))
-        return torch.bmm(self.left, columns).reshape(self.shape)
+        k, r, *rest = self.right.shape
+        return torch.bmm(self.left, self.right.reshape(k, r, math.prod(rest))).reshape(self.shape)
 
     def combined(self, weights: Tensor) -> Tensor:
         """sum_k weights_k v_k as one product over all ranks: [K] -> ``[M, *rest]``."""
         k, m, r = self.left.shape
         left = (self.left * weights.reshape(k, 1, 1)).movedim(0, 1).reshape(m, k * r)
-        return (left @ self.right.reshape(k * r, -1)).reshape(self.shape[1:])
+        return (left @ self.right.reshape(k * r, math.prod(self.shape[2:]))).reshape(self.shape[1:])
 
     def contiguous(self) -> LowRank:
         return LowRank(self.left.contiguous(), self.right.contiguous())

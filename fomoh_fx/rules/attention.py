@@ -1,9 +1,9 @@
 """Scaled dot-product attention by its mathematics: softmax(scale q k^T + mask) v.
 
 The fused kernels have no second derivative, and the composite needs none of them. A row whose elements are all masked
-gives zeros, as in PyTorch's own form. Half types are computed in float32 inside, as PyTorch does. Long
-sequences take a few rows of queries at a time, exactly, so that the memory of every component grows with their length
-and not with its square.
+gives zeros, as in PyTorch's own form. Half types are computed in float32 inside, as PyTorch does. Long sequences (of a
+length that is not dynamic, and without dropout) take a few rows of queries at a time, exactly, so that the memory of
+every component grows with their length and not with its square.
 """
 
 from __future__ import annotations
