@@ -139,10 +139,11 @@ def _linear(op: Any, components: Components, x: Any, w: Any, b: Any = None) -> H
     """y = x w^T + b with x [.., D], w [M, D], b [M]; or w [D] without M in y."""
     plain = primals((x, w, b), {})[0]
     shape = [*plain[0].shape[:-1], *plain[1].shape[:-1]]
+    n, d, m = math.prod(plain[0].shape[:-1]), plain[0].shape[-1], math.prod(plain[1].shape[:-1])
 
     def rows(x: Tensor) -> Tensor:
         """Of a stack of components: [K, .., D] -> [K, N, D]."""
-        return x.reshape(x.shape[0], -1, x.shape[-1])
+        return x.reshape(x.shape[0], n, d)
 
     def outputs(w: Tensor) -> Tensor:
         """Of a stack of components: [K, M, D], also without M."""
@@ -158,7 +159,6 @@ def _linear(op: Any, components: Components, x: Any, w: Any, b: Any = None) -> H
         product = _mm_pairs(components, rows(x), outputs(w).transpose(1, 2))
         return product.reshape(product.shape[0], *shape)
 
-    n, d, m = math.prod(plain[0].shape[:-1]), plain[0].shape[-1], math.prod(plain[1].shape[:-1])
     forms = Forms(aten.linear.default, right, pairs, alike, intensity(n, d, m), n * m)
     if plain[2] is None or not fewer_products_pay(forms, components, x, w):
         y = op(*plain)
@@ -247,16 +247,16 @@ def grouped_mm(
     m, n = x_primal.shape[0], w_primal.shape[2]
 
     def left(x: Tensor, w: Tensor) -> Tensor:
-        rows = x.movedim(0, 1).reshape(-1, x.shape[2])
-        return op(rows, w, offs * x.shape[0]).reshape(m, x.shape[0], -1).movedim(1, 0)
+        rows = fold(x.movedim(0, 1))
+        return op(rows, w, offs * x.shape[0]).reshape(m, x.shape[0], w.shape[2]).movedim(1, 0)
 
     def right(x: Tensor, w: Tensor) -> Tensor:
-        columns = w.permute(1, 2, 0, 3).reshape(w.shape[1], w.shape[2], -1)
+        columns = w.permute(1, 2, 0, 3).flatten(2)
         return op(x, columns, offs).reshape(x.shape[0], w.shape[0], n).movedim(1, 0)
 
     def pairs(components: Components, x: Tensor, w: Tensor) -> Tensor:
         k = components.directions
-        columns = w.permute(1, 2, 0, 3).reshape(w.shape[1], w.shape[2], -1)
+        columns = w.permute(1, 2, 0, 3).flatten(2)
         table = left(x, columns).reshape(k, m, k, n)
         return components.gather(table, 0, 2)
 
@@ -313,10 +313,10 @@ def _kron(x: Tensor, w: Tensor) -> Tensor:
 
 def _bilinear_form(x: Tensor, u: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """y_o = x^T w_o u + b_o with w [O, I, J]: first x w as one product, then a product for each sample."""
-    rows = x.shape[:-1]
+    rows, n = x.shape[:-1], math.prod(x.shape[:-1])
     outer, inner, last = w.shape
-    left = aten.mm(x.reshape(-1, inner), w.movedim(0, 1).reshape(inner, -1)).reshape(-1, outer, last)
-    y = aten.bmm(left, u.reshape(-1, last, 1)).reshape(*rows, outer)
+    left = aten.mm(x.reshape(n, inner), w.movedim(0, 1).flatten(1)).reshape(n, outer, last)
+    y = aten.bmm(left, u.reshape(n, last, 1)).reshape(*rows, outer)
     return y if b is None else y + b
 
 

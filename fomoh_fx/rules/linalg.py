@@ -602,7 +602,7 @@ def _pdist(x: Tensor, p: float = 2.0) -> Tensor:
 
 def _tensorinv(a: Tensor, ind: int = 2) -> Tensor:
     rows, columns = a.shape[:ind], a.shape[ind:]
-    return aten.linalg_inv.default(a.reshape(math.prod(rows), -1)).reshape(*columns, *rows)
+    return aten.linalg_inv.default(a.reshape(math.prod(rows), math.prod(columns))).reshape(*columns, *rows)
 
 
 def _refused(name: str, instead: str) -> Rule:

@@ -85,7 +85,7 @@ def at_points(x: Tensor, coordinates: Sequence[Tensor], nearest: bool = False) -
     n, channels, *sizes = x.shape
     points = coordinates[0].shape[1:]
     lower = [c.round() if nearest else c.floor() for c in coordinates]
-    flat = x.reshape(n, channels, -1)
+    flat = x.flatten(2)
     total = None
     for corner in itertools.product((0, 1), repeat=0 if nearest else len(sizes)):
         weight, inside, index = None, None, None
@@ -100,7 +100,7 @@ def at_points(x: Tensor, coordinates: Sequence[Tensor], nearest: bool = False) -
                 share = distance if corner[a] else 1 - distance
                 weight = share if weight is None else weight * share
         assert index is not None and inside is not None  # a point has a coordinate
-        value = flat.gather(2, index.reshape(n, 1, -1).expand(n, channels, -1)).reshape(n, channels, *points)
+        value = flat.gather(2, index.flatten(1).unsqueeze(1).expand(n, channels, -1)).reshape(n, channels, *points)
         value = aten.where.ScalarOther(inside.unsqueeze(1), value, 0.0)
         value = value if weight is None else value * weight.unsqueeze(1)
         total = value if total is None else total + value

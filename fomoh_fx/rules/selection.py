@@ -89,7 +89,7 @@ def _unpool(spatial: int) -> Rule:
     """Max-unpooling is linear in the values: the components are more samples of one batch, at the same positions."""
 
     def stacked(op: Any, part: Tensor, x: Tensor, indices: Tensor, *sizes: Any) -> Tensor:
-        values = part.reshape(-1, *x.shape[-spatial - 1 :])
+        values = part.flatten(0, -spatial - 2)
         where = indices.expand(part.shape[0], *indices.shape).reshape(values.shape)
         out = op(values, where, *sizes)
         return out.reshape(*part.shape[:-spatial], *out.shape[-spatial:])

@@ -2,17 +2,10 @@
 
 import pytest
 
-from fomoh_fx.errors import UnsupportedOpError
 from tests.models.test_dynamic_shapes import check_dynamic
 from tests.models.test_transformers import CASES
 
-#: What does not hold yet.
-SHORT = {
-    "lfm2-vl": pytest.mark.xfail(
-        raises=UnsupportedOpError, strict=True, reason="with a dynamic batch, rules guard on sizes that data decide"
-    )
-}
-MARKS = {n: [pytest.mark.slow, pytest.mark.by_turns, *([SHORT[n]] if n in SHORT else [])] for n in CASES if n != "gpt2"}
+MARKS = {n: [pytest.mark.slow, pytest.mark.by_turns] for n in CASES if n != "gpt2"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, [])) for n in CASES])

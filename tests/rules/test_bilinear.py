@@ -27,6 +27,8 @@ SAMPLES = {
         Sample((r(3, 4), r(2, 4), r(2)), active=[2], name="bias"),
         Sample((r(2, 3, 4), r(4), torch.randn((), dtype=torch.float64)), name="one output"),
         Sample((r(4), r(4), None), name="one output of a vector"),
+        Sample((r(3, 0), r(2, 0), r(2)), name="no inputs"),
+        Sample((r(3, 4), r(0, 4), r(0)), name="no outputs"),
     ],
     aten.convolution.default: [
         Sample((r(2, 4, 5, 5), r(6, 4, 3, 3), r(6), [1, 1], [0, 0], [1, 1], False, [0, 0], 1)),
@@ -67,6 +69,7 @@ SAMPLES = {
     aten.bilinear.default: [
         Sample((r(3, 2), r(3, 4), r(2, 2, 4), r(2))),
         Sample((r(2, 2, 2), r(2, 2, 3), r(2, 2, 3)), active=[0, 2], name="batch axes"),
+        Sample((r(3, 2), r(3, 4), r(0, 2, 4)), name="no outputs"),
     ],
     aten._trilinear.default: [Sample((r(3, 2), r(2, 2, 4), r(3, 4), [1, 3], [0], [1, 2], [2, 3]))],
     aten.addcmul.default: [Sample((r(3), r(3), r(3)), {"value": 0.5}), Sample((r(2, 3), r(3), r(2, 1)))],
