@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
-from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
+from fomoh_fx.decompositions import core_decompositions
 from fomoh_fx.errors import FomohError, UnsupportedOpError
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.activity import analyse, carries_derivative
@@ -45,7 +45,7 @@ class _Decompositions(dict[Any, Callable[..., Any]]):
 
     def __init__(self) -> None:
         own = {op: self._while_active(body) for op, body in COMPOSITES.items()}
-        torchs = {op: self._while_active(f) for op, f in core_aten_decompositions().items() if op not in RULES}
+        torchs = {op: self._while_active(f) for op, f in core_decompositions().items() if op not in RULES}
         super().__init__({**torchs, **own})
         self.active = False
 

@@ -43,6 +43,7 @@ from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
 from fomoh_fx.capture.state import STANDARD, Keys, children, place_of, places, replaced, structure, written
 from fomoh_fx.capture.threads import CAPTURING
+from fomoh_fx.decompositions import decomposed
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
 from fomoh_fx.passes.activity import analyse, ancestors, carries_derivative
 from fomoh_fx.passes.data_sizes import ADVICE, DECIDED_BY_DATA, has_sizes_from_data
@@ -486,12 +487,9 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
         exported = torch.export.export(root, tensors, strict=False, dynamic_shapes=shapes)
     for node in exported.graph_module.graph.find_nodes(op="placeholder"):
         node.meta.pop("custom", None)  # where Dynamo captured a branch, it names itself, and then refuses another name
-    table = torch.export.default_decompositions()
-    for op in [*RULES, *COMPOSITES, aten.detach.default]:
-        table.pop(op, None)
     keeps_draws = inductor_config.patch(fallback_random=True)  # unused ones, too, as the model draws them
     with _views_in_any_layout(), keeps_draws:
-        exported = exported.run_decompositions(table)
+        exported = decomposed(exported, whole=[*RULES, *COMPOSITES, aten.detach.default])
     arguments = iter(range(len(tensors)))
     inputs = []
     for spec in exported.graph_signature.input_specs:

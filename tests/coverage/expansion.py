@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._export import utils as export_utils
 
 import fomoh_fx
 from fomoh_fx.passes.activity import analyse
@@ -100,15 +98,3 @@ def _is_expanded(node: torch.fx.Node, specialization: Any) -> bool:
     stages, program = specialization.stages, specialization.program
     seeds = [inputs_of(stages["normalize"])[i] for i in specialization.seeds.positions(program)]
     return node in analyse(stages["normalize"].graph, seeds, results_of(stages["normalize"])).active
-
-
-@contextmanager
-def quick_capture() -> Iterator[None]:
-    """Export asks the dispatcher for its composite operators five times a capture; here they are known already."""
-    export_utils._materialize_cpp_cia_ops()
-    before = export_utils._materialize_cpp_cia_ops
-    export_utils._materialize_cpp_cia_ops = lambda: None
-    try:
-        yield
-    finally:
-        export_utils._materialize_cpp_cia_ops = before

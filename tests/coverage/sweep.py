@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fomoh_fx
-from tests.coverage.expansion import directions_of, expand, quick_capture
+from tests.coverage.expansion import directions_of, expand
 from tests.coverage.isolation import isolated
 from tests.coverage.samples import Case, cases, operators
 from tests.coverage.table import Verdict
@@ -40,7 +40,7 @@ def judge_all(names: Sequence[str], judge_one: Judge, most: int | None = None, j
     known = operators()
     torch.set_num_threads(1)
     torch._logging.set_logs(all=logging.CRITICAL)
-    with quick_capture(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fomoh_fx.transform(torch.sin, wrt="inputs")(torch.ones(1), tangents=(torch.ones(1, 1),))  # loads what is lazy
         for name, result in isolated(lambda name: judge_one(name, known[name], most), names, jobs, TIMEOUT):
