@@ -1,5 +1,6 @@
 """How much is tested: ``--every`` runs and compiles every model; ``--hypothesis-profile=thorough`` looks at more."""
 
+import os
 from datetime import date
 
 import pytest
@@ -10,6 +11,14 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=400, derandomize=False)
 settings.load_profile("quick")
+
+
+TURN = "FOMOH_FX_TURN"
+
+
+def pytest_configure() -> None:
+    """Whose turn it is today; processes that are started later inherit it, though midnight may have passed."""
+    os.environ.setdefault(TURN, str(date.today().toordinal() % 2))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +41,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--every") or any("::" in argument for argument in config.args):
         return
     taking_turns = [item for item in items if item.get_closest_marker("by_turns")]
-    left_out = set(taking_turns[date.today().toordinal() % 2 :: 2])
+    left_out = set(taking_turns[int(os.environ[TURN]) :: 2])
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]

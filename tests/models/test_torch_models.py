@@ -24,6 +24,7 @@ def test_eager(name):
 
 
 @pytest.mark.slow
+@pytest.mark.by_turns
 def test_compiled(compiled):
     with torch._inductor.config.patch(fallback_random=True):
         check(PROBLEMS[compiled](), lower=fomoh_fx.compile)

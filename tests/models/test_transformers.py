@@ -340,6 +340,7 @@ def test_eager(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.by_turns
 def test_compiled(compiled: str) -> None:
     case = CASES[compiled]
     problem = replace(case, options={**case.options, **WHEN_COMPILED.get(compiled, {})}).problem()
