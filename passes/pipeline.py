@@ -1,4 +1,4 @@
-"""The pipeline: normalize, expand, simplify, cse, layouts, eliminate; verified after each pass, every stage kept."""
+"""The pipeline: normalize, expand, simplify, cse, fuse, layouts, eliminate; verified after each, every stage kept."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fomoh_fx.passes.activity import analyse, ancestors
 from fomoh_fx.passes.cse import merge_common_subexpressions
 from fomoh_fx.passes.eliminate import eliminate
 from fomoh_fx.passes.expand import Layout, Scope, expand
+from fomoh_fx.passes.fuse import fuse
 from fomoh_fx.passes.layouts import refuse_sparse, settle
 from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
 from fomoh_fx.passes.simplify import simplify
@@ -22,6 +23,7 @@ from fomoh_fx.passes.verify import verify
 REWRITES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
     "simplify": simplify,
     "cse": merge_common_subexpressions,
+    "fuse": fuse,
     "layouts": settle,
     "eliminate": eliminate,
 }

@@ -174,6 +174,30 @@ def _permutation(node: fx.Node) -> list[int] | None:
     return dims
 
 
+def moved_alone(node: fx.Node) -> fx.Node | None:
+    """A permutation that moves only axes of one element keeps the order of all elements: a reshape."""
+    dims, value = _permutation(node), value_of(node)
+    if dims is None or value is None:
+        return None
+    longer = [d for d, size in zip(dims, value.shape, strict=True) if not _equal(size, 1)]
+    return _as_reshape(node, value) if longer == sorted(longer) else None
+
+
+def expanded_alone(node: fx.Node) -> fx.Node | None:
+    """An expansion that only adds axes of one element is a reshape."""
+    source, value = value_of(node.args[0]), value_of(node)
+    if source is None or value is None or not _equal(value.numel(), source.numel()):
+        return None
+    return _as_reshape(node, value)
+
+
+def _as_reshape(node: fx.Node, value: Tensor) -> fx.Node | None:
+    if not all(isinstance(size, int) for size in value.shape):  # sizes have no nodes of their own here
+        return None
+    node.target, node.args = aten.reshape.default, (node.args[0], [*value.shape])
+    return reshaped(node)
+
+
 def expanded(node: fx.Node) -> fx.Node | None:
     """expand(expand(x)) is one expansion."""
     source, sizes = node.args[:2]
@@ -304,6 +328,11 @@ REWRITES: dict[Any, tuple[Rewrite, ...]] = {
     aten.neg.default: (negated_twice,),
     aten.where.self: (chosen_anyway, chosen_number),
 }
+#: These may change how an axis of one element is laid out.
+RELAYING: dict[Any, tuple[Rewrite, ...]] = {
+    **dict.fromkeys(_PERMUTES, (moved_alone,)),
+    aten.expand.default: (expanded_alone,),
+}
 
 
 def simplify(module: fx.GraphModule) -> fx.GraphModule:
@@ -315,7 +344,8 @@ def simplify(module: fx.GraphModule) -> fx.GraphModule:
 
 def _simplify(module: fx.GraphModule, keep_layouts: bool) -> None:
     for node in list(module.graph.nodes):
-        for rewrite in REWRITES.get(node.target, ()) if node.op == "call_function" else ():
+        rewrites = REWRITES.get(node.target, ()) + (() if keep_layouts else RELAYING.get(node.target, ()))
+        for rewrite in rewrites if node.op == "call_function" else ():
             replacement = rewrite(node)
             if replacement is None or _would_share_memory(node, replacement):
                 continue

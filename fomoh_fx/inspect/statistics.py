@@ -39,7 +39,7 @@ class Report:
             is in the body of a branch or loop counts once, here and below, however often it runs.
         inactive: primal operations that no asked-for derivative passes through, so that they have no component.
         zero_crosses: operations with a tangent whose cross component is structurally zero.
-        simplified, merged, dead: nodes that the passes of these names removed.
+        simplified, merged, fused, dead: nodes that the passes of these names removed.
         served: how each operator on an active path is served, and how many times it occurs.
         products: for each component the number of matrix products and convolutions in the final graph.
         input_bytes: memory of the inputs: parameters, buffers, arguments and tangents.
@@ -57,6 +57,7 @@ class Report:
     zero_crosses: int
     simplified: int
     merged: int
+    fused: int
     dead: int
     served: Mapping[str, tuple[str, int]] = field(repr=False)
     products: Mapping[str, int] = field(default_factory=dict)
@@ -70,7 +71,7 @@ class Report:
             ("directions K", str(self.directions)),
             ("second order", f"{self.second_order}, C = {self.crosses}" if self.second_order else "none"),
             ("without components", f"{self.inactive} inactive operations, {self.zero_crosses} more without cross"),
-            ("removed", f"{self.simplified} simplified, {self.merged} merged, {self.dead} dead"),
+            ("removed", f"{self.simplified} simplified, {self.merged} merged, {self.fused} fused, {self.dead} dead"),
             ("inputs", _size(self.input_bytes)),
             ("peak of intermediates", f"{_size(self.peak_bytes)} (estimate, operator by operator)"),
         ]
@@ -123,7 +124,8 @@ def report(specialization: Specialization) -> Report:
         zero_crosses=sum("cross" not in found[n] for n in active) if components.second_order else 0,
         simplified=totals["expand"] - totals["simplify"],
         merged=totals["simplify"] - totals["cse"],
-        dead=totals["cse"] - totals["eliminate"],
+        fused=totals["cse"] - totals["fuse"],
+        dead=totals["fuse"] - totals["eliminate"],
         served=_served(active),
         products=_count_components(final, PRODUCTS),
         input_bytes=_total(_bytes(n) for n in final.graph.find_nodes(op="placeholder")),

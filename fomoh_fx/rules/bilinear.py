@@ -153,9 +153,13 @@ def _linear(op: Any, components: Components, x: Any, w: Any, b: Any = None) -> H
         return _each_with_its_own(rows(x), outputs(w)).reshape(w.shape[0], *shape)
 
     def right(x: Tensor, w: Tensor) -> Tensor:
+        if w.shape[0] == 1:
+            return aten.linear.default(x, w.squeeze(0)).unsqueeze(0)
         return alike(x.expand(w.shape[0], *x.shape), w)
 
     def pairs(components: Components, x: Tensor, w: Tensor) -> Tensor:
+        if w.shape[0] == 1:
+            return aten.linear.default(x, w.squeeze(0)) * 2
         product = _mm_pairs(components, rows(x), outputs(w).transpose(1, 2))
         return product.reshape(product.shape[0], *shape)
 

@@ -26,7 +26,8 @@ def test_report():
     assert set(report.nodes["eliminate"]) == {"primal", "tangent", "cross"}
     counts = [sum(n.values()) for n in report.nodes.values()]
     assert counts[2:] == sorted(counts[2:], reverse=True)
-    assert report.simplified + report.merged + report.dead == counts[2] - counts[-1]
+    assert report.simplified + report.merged + report.fused + report.dead == counts[2] - counts[-1]
+    assert report.fused > 0
     assert report.inactive == 0
     assert report.zero_crosses == 1  # the first layer
     assert report.served["aten.linear.default"] == ("bilinear", 3)

@@ -50,6 +50,15 @@ VIEWS = {
     "cat of one": (lambda x: aten.cat([x], 1) + x, ["add.Tensor"]),
     "copy": (lambda x: aten.clone(x) + x, ["add.Tensor"]),
     "contiguous copy": (lambda x: aten.clone(x, memory_format=torch.contiguous_format) + x, ["add.Tensor"]),
+    "permute of an axis of one element": (
+        lambda x: x.unsqueeze(0).permute(1, 2, 0, 3).sin(),
+        ["reshape.default", "sin.default"],
+    ),
+    "permute and reshape": (
+        lambda x: x[:, None].permute(1, 0, 2, 3).reshape(6, 4).sin(),
+        ["view.default", "sin.default"],
+    ),
+    "expand by axes of one element": (lambda x: x.expand(1, 2, 3, 4).sin(), ["reshape.default", "sin.default"]),
     "copy for a view": (lambda x: x.transpose(0, 1).reshape(3, 8), ["transpose.int", "reshape.default"]),
     "repeat once": (lambda x: aten.repeat(x, [1, 1, 1]) + x, ["add.Tensor"]),
     "conversion to the own dtype": (lambda x: aten._to_copy(x, dtype=torch.float32) + x, ["add.Tensor"]),

@@ -1,0 +1,96 @@
+"""Fuse: a sum with a product that nothing else uses is one operator.
+
+Contract: a functional graph in, the same values out of fewer nodes: x + a * b is addcmul(x, a, b), and x + 2 * a is
+add(x, a, alpha=2), for powers of two, by which nothing is rounded. Where the result would be laid out in another way,
+or would have another dtype, both operators stay.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+
+from fomoh_fx.passes.data_sizes import has_sizes_from_data
+from fomoh_fx.passes.dataflow import graphs_in
+from fomoh_fx.passes.simplify import value_of
+
+aten = torch.ops.aten
+_SIGNS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+_PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar}
+
+
+class _Fused(NamedTuple):
+    """A call that takes the place of a sum and of ``products``, the last first."""
+
+    target: Any
+    args: tuple[fx.Node, ...]
+    kwargs: dict[str, float]
+    products: tuple[fx.Node, ...]
+
+
+def fuse(module: fx.GraphModule) -> fx.GraphModule:
+    """Replace sums with products by single operators."""
+    for part in graphs_in(module):
+        for node in list(part.graph.nodes):
+            if node.target in _SIGNS and not node.kwargs and not has_sizes_from_data(node):
+                _fuse(node)
+        part.recompile()
+    return module
+
+
+def _fuse(node: fx.Node) -> None:
+    x, y = node.args
+    orders = ((x, y), (y, x)) if node.target is aten.add.Tensor else ((x, y),)
+    for kept, product in orders:
+        found = _fused(node, kept, product)
+        if found is not None and _is_alike(found, node):
+            node.target, node.args, node.kwargs = found.target, found.args, found.kwargs
+            for left in found.products:
+                node.graph.erase_node(left)
+            return
+
+
+def _fused(node: fx.Node, kept: Any, product: Any) -> _Fused | None:
+    """The call for ``kept`` plus or minus ``product``."""
+    if not isinstance(kept, fx.Node) or kept is product or not _is_product(product):
+        return None
+    a, b = product.args
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        sign = _SIGNS[node.target]
+        return _Fused(aten.addcmul.default, (kept, a, b), {} if sign == 1 else {"value": sign}, (product,))
+    factor, number = (a, b) if isinstance(a, fx.Node) else (b, a)
+    if not isinstance(factor, fx.Node) or not _is_power_of_two(number):
+        return None
+    if _is_product(factor) and all(isinstance(arg, fx.Node) for arg in factor.args):
+        value = {"value": _SIGNS[node.target] * number}
+        return _Fused(aten.addcmul.default, (kept, *factor.args), value, (product, factor))
+    return _Fused(node.target, (kept, factor), {"alpha": number}, (product,))
+
+
+def _is_product(node: Any) -> bool:
+    """Whether it is one that has a single use."""
+    return isinstance(node, fx.Node) and node.target in _PRODUCTS and len(node.users) == 1 and not node.kwargs
+
+
+def _is_power_of_two(number: Any) -> bool:
+    return isinstance(number, (int, float)) and abs(math.frexp(number)[0]) == 0.5
+
+
+def _is_alike(found: _Fused, node: fx.Node) -> bool:
+    """Whether the call has the recorded result in the recorded layout, from operands of its own dtype and device."""
+    expected, values = value_of(node), [value_of(arg) for arg in found.args]
+    if expected is None or not (expected.is_floating_point() or expected.is_complex()):
+        return False
+    if any(v is None or (v.dtype, v.device) != (expected.dtype, expected.device) for v in values):
+        return False
+    with expected.fake_mode, enable_python_dispatcher(), torch.no_grad():  # type: ignore[attr-defined]
+        actual: Tensor = found.target(*values, **found.kwargs)
+    return _layout(actual) == _layout(expected)
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    return value.dtype, value.shape, value.stride(), value.is_conj(), value.is_neg()

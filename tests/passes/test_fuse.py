@@ -1,0 +1,81 @@
+"""Sums with products become single operators where nothing else changes."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fomoh_fx
+from fomoh_fx.passes.fuse import fuse
+from fomoh_fx.passes.verify import check_values
+from tests.oracle import relative_error
+
+X, Y, Z = (torch.randn(2, 3, dtype=torch.float64) for _ in range(3))
+
+
+def operators(module):
+    return [str(n.target).removeprefix("aten.") for n in module.graph.nodes if n.op == "call_function"]
+
+
+def fused(function, *inputs, tracing_mode="fake"):
+    """The operators after the pass; the result must be the same up to one rounding."""
+    module = fuse(make_fx(lambda *xs: (function(*xs),), tracing_mode=tracing_mode)(*inputs))
+    if tracing_mode == "fake":
+        check_values(module)
+    result, expected = module(*inputs)[0], function(*inputs)
+    torch.testing.assert_close(result, expected)
+    assert (result.dtype, result.stride()) == (expected.dtype, expected.stride())
+    return operators(module)
+
+
+FUSED = {
+    "sum with a product": (lambda x, y, z: x + y * z, ["addcmul.default"]),
+    "product first": (lambda x, y, z: y * z + x, ["addcmul.default"]),
+    "difference": (lambda x, y, z: x - y * z, ["addcmul.default"]),
+    "square": (lambda x, y, z: x + y * y, ["addcmul.default"]),
+    "broadcast": (lambda x, y, z: x[0] + y * z[:, :1], ["select.int", "slice.Tensor", "addcmul.default"]),
+    "two products": (lambda x, y, z: x * y + y * z, ["mul.Tensor", "addcmul.default"]),
+    "twice": (lambda x, y, z: x + y * 2, ["add.Tensor"]),
+    "minus half": (lambda x, y, z: x - 0.5 * y, ["sub.Tensor"]),
+    "twice a product": (lambda x, y, z: x + y * z * 2, ["addcmul.default"]),
+    "minus four products": (lambda x, y, z: x - 4 * (y * z), ["addcmul.default"]),
+}
+KEPT = {
+    "a product of two uses": lambda x, y, z: (y * z).sin() + y * z * 3,
+    "a product and itself": lambda x, y, z: (lambda product: product + product)(y * z),
+    "rounded": lambda x, y, z: x + y * 3,
+    "a scaled sum": lambda x, y, z: torch.add(x, y * z, alpha=3),
+    "minus a product": lambda x, y, z: y * z - x,
+    "a wider dtype": lambda x, y, z: x + y.float() * z.float(),
+    "whole numbers": lambda x, y, z: x.long() + y.long() * z.long(),
+    "another layout": lambda x, y, z: y.t() * z.t() + x.reshape(3, 2),
+    "of numbers that become complex": lambda x, y, z: x + (y + 1j) * (z + 1j),
+    "a number": lambda x, y, z: 1 + y * z,
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused(name):
+    function, after = FUSED[name]
+    assert fused(function, X, Y, Z) == after
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept(name):
+    assert fused(KEPT[name], X, Y, Z) == operators(make_fx(KEPT[name], tracing_mode="fake")(X, Y, Z))
+
+
+def test_dynamic_sizes():
+    assert fused(lambda x, y: x + y * y, X, Y, tracing_mode="symbolic")[-1] == "addcmul.default"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex128])
+def test_dtypes(dtype):
+    assert fused(lambda x, y, z: x + y * z, *(t.to(dtype) for t in (X, Y, Z))) == ["addcmul.default"]
+
+
+def test_the_product_rule_takes_three_operators_for_a_pair():
+    hd = fomoh_fx.transform(torch.mul, wrt="inputs")
+    out = hd(X, Y, tangents=(torch.ones(1, 2, 3, dtype=X.dtype), Z[None]))
+    counts = {c: n for c, n in hd.report().nodes["eliminate"].items() if c != "primal"}
+    assert counts == {"tangent": 2, "cross": 2}
+    assert relative_error(out.cross[0], 2 * Z) < 1e-15
