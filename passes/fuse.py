@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from fomoh_fx.passes.data_sizes import has_sizes_from_data
 from fomoh_fx.passes.dataflow import graphs_in
 from fomoh_fx.passes.simplify import value_of
+from fomoh_fx.sizes import known
 
 aten = torch.ops.aten
 _SIGNS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
@@ -82,15 +82,22 @@ def _is_power_of_two(number: Any) -> bool:
 
 def _is_alike(found: _Fused, node: fx.Node) -> bool:
     """Whether the call has the recorded result in the recorded layout, from operands of its own dtype and device."""
-    expected, values = value_of(node), [value_of(arg) for arg in found.args]
+    expected, operands = value_of(node), [value_of(arg) for arg in found.args]
     if expected is None or not (expected.is_floating_point() or expected.is_complex()):
         return False
-    if any(v is None or (v.dtype, v.device) != (expected.dtype, expected.device) for v in values):
-        return False
-    with expected.fake_mode, enable_python_dispatcher(), torch.no_grad():  # type: ignore[attr-defined]
-        actual: Tensor = found.target(*values, **found.kwargs)
+    for value in (expected, *operands):
+        if value is None or value.is_conj() or value.is_neg():
+            return False
+        if (value.dtype, value.device) != (expected.dtype, expected.device):
+            return False
+    actual: Tensor = found.target(*map(_outline, operands), **found.kwargs)
     return _layout(actual) == _layout(expected)
 
 
-def _layout(value: Tensor) -> tuple[Any, ...]:
-    return value.dtype, value.shape, value.stride(), value.is_conj(), value.is_neg()
+def _outline(value: Tensor) -> Tensor:
+    """Without data or symbols: a dynamic size is as at the first call, and so gets no guard."""
+    return torch.empty_strided(*_layout(value), dtype=value.dtype, device="meta")
+
+
+def _layout(value: Tensor) -> tuple[list[int | None], list[int | None]]:
+    return [known(size) for size in value.shape], [known(stride) for stride in value.stride()]
