@@ -8,7 +8,7 @@ or would have another dtype, both operators stay.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +19,7 @@ from fomoh_fx.passes.simplify import value_of
 from fomoh_fx.sizes import known
 
 aten = torch.ops.aten
-_SIGNS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+_SIGNS: dict[Any, int] = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
 _PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar}
 
 
@@ -27,8 +27,8 @@ class _Fused(NamedTuple):
     """A call that takes the place of a sum and of ``products``, the last first."""
 
     target: Any
-    args: tuple[fx.Node, ...]
-    kwargs: dict[str, float]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     products: tuple[fx.Node, ...]
 
 
@@ -82,22 +82,22 @@ def _is_power_of_two(number: Any) -> bool:
 
 def _is_alike(found: _Fused, node: fx.Node) -> bool:
     """Whether the call has the recorded result in the recorded layout, from operands of its own dtype and device."""
-    expected, operands = value_of(node), [value_of(arg) for arg in found.args]
-    if expected is None or not (expected.is_floating_point() or expected.is_complex()):
+    values = [value for n in (node, *found.args) if (value := value_of(n)) is not None]
+    if len(values) <= len(found.args) or not all(_is_plain(value) for value in values):
         return False
-    for value in (expected, *operands):
-        if value is None or value.is_conj() or value.is_neg():
-            return False
-        if (value.dtype, value.device) != (expected.dtype, expected.device):
-            return False
-    actual: Tensor = found.target(*map(_outline, operands), **found.kwargs)
-    return _layout(actual) == _layout(expected)
+    if len({(value.dtype, value.device) for value in values}) > 1:
+        return False
+    expected, *operands = map(_outline, values)
+    actual = found.target(*operands, **found.kwargs)
+    return (actual.shape, actual.stride()) == (expected.shape, expected.stride())
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether it is an array of real or complex numbers as they are in memory."""
+    return (value.is_floating_point() or value.is_complex()) and not (value.is_conj() or value.is_neg())
 
 
 def _outline(value: Tensor) -> Tensor:
     """Without data or symbols: a dynamic size is as at the first call, and so gets no guard."""
-    return torch.empty_strided(*_layout(value), dtype=value.dtype, device="meta")
-
-
-def _layout(value: Tensor) -> tuple[list[int | None], list[int | None]]:
-    return [known(size) for size in value.shape], [known(stride) for stride in value.stride()]
+    size, stride = ([cast(int, known(n)) for n in numbers] for numbers in (value.shape, value.stride()))
+    return torch.empty_strided(size, stride, dtype=value.dtype, device="meta")
