@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
+from threading import get_ident
 from typing import Any
 from unittest.mock import patch
 
@@ -30,7 +31,10 @@ def decomposed(exported: ExportedProgram, whole: Iterable[Any]) -> ExportedProgr
     composite, others = _overrides()
     composite = composite | {op: _special_op_to_preserve_cia for op in kept if _is_preservable_cia_op(op)}
     others = {op: body for op, body in others.items() if op not in kept}
-    with patch.object(exported_program, _SPLIT, lambda table: (composite, table)):
+    here, pytorchs = get_ident(), getattr(exported_program, _SPLIT)
+    with patch.object(
+        exported_program, _SPLIT, lambda table: (composite, table) if get_ident() == here else pytorchs(table)
+    ):
         return exported.run_decompositions(others)
 
 

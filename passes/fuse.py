@@ -1,8 +1,8 @@
 """Fuse: a sum with a product that nothing else uses is one operator.
 
 Contract: a functional graph in, the same values out of fewer nodes: x + a * b is addcmul(x, a, b), and x + 2 * a is
-add(x, a, alpha=2), for powers of two, by which nothing is rounded. Where the result would be laid out in another way,
-or would have another dtype, both operators stay.
+add(x, a, alpha=2), for powers of two, by which nothing is rounded. Only of real numbers, and where the result keeps its
+layout.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar}
 
 
 class _Fused(NamedTuple):
-    """A call that takes the place of a sum and of ``products``, the last first."""
+    """A call that takes the place of a sum and of a product in it."""
 
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    products: tuple[fx.Node, ...]
+    product: fx.Node
 
 
 def fuse(module: fx.GraphModule) -> fx.GraphModule:
@@ -49,8 +49,7 @@ def _fuse(node: fx.Node) -> None:
         found = _fused(node, kept, product)
         if found is not None and _is_alike(found, node):
             node.target, node.args, node.kwargs = found.target, found.args, found.kwargs
-            for left in found.products:
-                node.graph.erase_node(left)
+            node.graph.erase_node(found.product)
             return
 
 
@@ -61,14 +60,11 @@ def _fused(node: fx.Node, kept: Any, product: Any) -> _Fused | None:
     a, b = product.args
     if isinstance(a, fx.Node) and isinstance(b, fx.Node):
         sign = _SIGNS[node.target]
-        return _Fused(aten.addcmul.default, (kept, a, b), {} if sign == 1 else {"value": sign}, (product,))
+        return _Fused(aten.addcmul.default, (kept, a, b), {} if sign == 1 else {"value": sign}, product)
     factor, number = (a, b) if isinstance(a, fx.Node) else (b, a)
     if not isinstance(factor, fx.Node) or not _is_power_of_two(number):
         return None
-    if _is_product(factor) and all(isinstance(arg, fx.Node) for arg in factor.args):
-        value = {"value": _SIGNS[node.target] * number}
-        return _Fused(aten.addcmul.default, (kept, *factor.args), value, (product, factor))
-    return _Fused(node.target, (kept, factor), {"alpha": number}, (product,))
+    return _Fused(node.target, (kept, factor), {"alpha": number}, product)
 
 
 def _is_product(node: Any) -> bool:
@@ -93,8 +89,8 @@ def _is_alike(found: _Fused, node: fx.Node) -> bool:
 
 
 def _is_plain(value: Tensor) -> bool:
-    """Whether it is an array of real or complex numbers as they are in memory."""
-    return (value.is_floating_point() or value.is_complex()) and not (value.is_conj() or value.is_neg())
+    """Whether it is an array of real numbers, as they are in memory; addcmul's own factor spoils complex infinities."""
+    return value.is_floating_point() and not value.is_neg()
 
 
 def _outline(value: Tensor) -> Tensor:
