@@ -13,6 +13,8 @@ from torch._export.utils import _is_preservable_cia_op, _special_op_to_preserve_
 from torch.export import ExportedProgram, exported_program
 
 Table = dict[Any, Callable[..., Any]]
+#: PyTorch's function that tells composite operators from the others.
+_SPLIT = "_split_decomp_table_to_cia_and_python_decomp"
 
 
 @cache
@@ -36,9 +38,6 @@ def decomposed(exported: ExportedProgram, whole: Iterable[Any]) -> ExportedProgr
         exported_program, _SPLIT, lambda table: (composite, table) if get_ident() == here else pytorchs(table)
     ):
         return exported.run_decompositions(others)
-
-
-_SPLIT = "_split_decomp_table_to_cia_and_python_decomp"
 
 
 @cache

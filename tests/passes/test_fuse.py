@@ -83,7 +83,7 @@ def test_half_types_are_rounded_once(dtype):
     assert bool(((module(x, y, z)[0] - exact).abs() <= torch.finfo(dtype).eps * exact.abs()).all())
 
 
-def test_the_product_rule_takes_three_operators_for_a_pair():
+def test_the_product_rule_takes_two_operators_for_each_component():
     hd = fomoh_fx.transform(torch.mul, wrt="inputs")
     out = hd(X, Y, tangents=(torch.ones(1, 2, 3, dtype=X.dtype), Z[None]))
     counts = {c: n for c, n in hd.report().nodes["eliminate"].items() if c != "primal"}
