@@ -38,12 +38,15 @@ _PAIRS: WeakKeyDictionary[Any, dict[tuple[int, torch.device], PairIndices]] = We
 class PairIndices(NamedTuple):
     """The pairs i <= j in the order (0,0), (0,1), .. (0,K-1), (1,1), ..: int64 tensors.
 
-    ``rows`` and ``columns`` hold the first and the second direction of each, and ``diagonal`` where (i,i) stands.
+    ``rows`` and ``columns`` hold the first and the second direction of each, ``rows_apart`` and ``columns_apart`` those
+    of the pairs i < j, and ``place`` which of these a pair is (0 for (i,i)).
     """
 
     rows: Tensor
     columns: Tensor
-    diagonal: Tensor
+    rows_apart: Tensor
+    columns_apart: Tensor
+    place: Tensor
 
 
 def _pair_indices(directions: int, device: torch.device) -> PairIndices:
@@ -57,8 +60,9 @@ def _pair_indices(directions: int, device: torch.device) -> PairIndices:
     if (directions, device) not in made:
         with unset_fake_temporarily(), disable_proxy_modes_tracing():
             rows, columns = torch.triu_indices(directions, directions, device=device)
-            diagonal = (rows == columns).nonzero().flatten()
-            made[directions, device] = PairIndices(rows.clone(), columns.clone(), diagonal)
+            apart = rows != columns
+            place = (apart.cumsum(0) - 1) * apart
+            made[directions, device] = PairIndices(rows.clone(), columns.clone(), rows[apart], columns[apart], place)
     return made[directions, device]
 
 
@@ -113,12 +117,19 @@ class Components:
         """A stack at the first and at the second direction of every pair: [K, ...] -> two of [P, ...]."""
         if not self.spans_pairs:
             return x, x
-        rows, columns, _ = self.indices(x.device)
-        return x.index_select(0, rows), x.index_select(0, columns)
+        at = self.indices(x.device)
+        return x.index_select(0, at.rows), x.index_select(0, at.columns)
 
-    def diagonal(self, pairs: Tensor) -> Tensor:
-        """The pairs (i, i) of what there is for every pair: [P, ...] -> [K, ...]."""
-        return pairs.index_select(0, self.indices(pairs.device).diagonal) if self.spans_pairs else pairs
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A stack at the first and at the second direction of every pair i < j: [K, ...] -> two of [P - K, ...]."""
+        at = self.indices(x.device)
+        return x.index_select(0, at.rows_apart), x.index_select(0, at.columns_apart)
+
+    def joined(self, alike: Tensor, apart: Tensor) -> Tensor:
+        """Of what there is for every (i, i), [K, ...], and every pair i < j, [P - K, ...]: all pairs, [P, ...]."""
+        at = self.indices(alike.device)
+        same = (at.rows == at.columns).reshape(-1, *[1] * (alike.ndim - 1))
+        return torch.where(same, alike.index_select(0, at.rows), apart.index_select(0, at.place))
 
     def square(self, x: Tensor) -> Tensor:
         """sum_ij S_c,ij x_i x_j elementwise: [K, ...] -> [C, ...]."""
@@ -136,7 +147,7 @@ class Components:
         """sum_ij S_c,ij (T_ij + T_ji) of a table with K at the axes ``row`` and ``column``: -> [C, ...]."""
         table = table.movedim((row, column), (0, 1))
         if self.spans_pairs:
-            rows, columns, _ = self.indices(table.device)
+            rows, columns, *_ = self.indices(table.device)
             return table[rows, columns] + table[columns, rows]
         return self.reduce(table.diagonal(dim1=0, dim2=1).movedim(-1, 0)) * 2
 

@@ -57,7 +57,7 @@ class Way:
 def _joined(components: Components, table: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     """What each cross component sums over: coefficients [C, R', *places] of a table [K, K, R, *places], and columns."""
     if components.spans_pairs:
-        rows, columns, _ = components.indices(table.device)
+        rows, columns, *_ = components.indices(table.device)
         both = torch.cat([table[rows, columns], table[columns, rows]], 1)
         return both, torch.cat([left[columns], left[rows]], 2)
     own = table.diagonal(dim1=0, dim2=1).movedim(-1, 0) * 2

@@ -7,13 +7,13 @@ With the primal as number 0, the first-order terms and the pairs are one family,
 
     phi(x_i, w_j) + phi(x_j, w_i) = phi(x_i + x_j, w_i + w_j) - phi(x_i, w_i) - phi(x_j, w_j)
 
-where phi(x_i, w_i) is the product of sums for i = j, divided by 4: K + K (K + 1) / 2 products, and phi(x, w) is the
-primal. With the primal's product and those of cross components, a plane of one direction takes 4 and not 5, a plane of
-three 16 and not 22.
+where phi(x, w) is the primal: K products phi(x_i, w_i) and K (K + 1) / 2 of sums. With the primal's product and those
+of cross components, a plane of one direction takes 4 and not 5, a plane of three 16 and not 22.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -101,49 +101,49 @@ def expand(forms: Forms, components: Components, y: Tensor, x: Any, w: Any) -> H
 
 
 def _by_sums(alike: Phi, components: Components, y: Tensor, x: HyperDual, w: HyperDual) -> tuple[Tensor, Tensor]:
-    """All first-order terms [K, ..] and all pairs [C, ..] by products of sums, one call for both."""
-    k, exponents = components.directions, _exponents(x, w)
+    """All first-order terms [K, ..] and all pairs [C, ..]: one call for phi(x_i, w_i), and one for the sums."""
+    k, scales = components.directions, _scales(x, w)
+    own, others = scales[:1], scales[1:]
 
     def sums(factor: HyperDual) -> Tensor:
-        tangent = _scaled(factor.tangent, exponents)
-        first, second = components.ends(tangent)
-        return torch.cat([factor.primal + tangent, first + second])
+        primal, tangent = _times(factor.primal[None], own), _times(factor.tangent, others)
+        with_primal = primal + tangent
+        return torch.cat([with_primal, add(*components.apart(tangent))]) if components.spans_pairs else with_primal
 
-    products = alike(sums(x), sums(w))
-    with_primal, pairs = products[:k], products[k:]
-    squares = components.diagonal(pairs) / 4
-    square_i, square_j = components.ends(squares)
-    of_i, of_j = components.ends(exponents)
-    tangent = _scaled(with_primal - y - squares, -exponents)
-    pairs = _scaled(_scaled(pairs - square_i - square_j, -of_i), -of_j)
-    return tangent, components.reduce(pairs)
+    squares, products = alike(x.tangent, w.tangent), alike(sums(x), sums(w))
+    scaled, back = _times(squares, others, others), 1 / others
+    tangent = _times(products[:k] - _times(y[None], own, own) - scaled, back, 1 / own)
+    if not components.spans_pairs:
+        return tangent, components.reduce(squares * 2)
+    square_i, square_j = components.apart(scaled)
+    apart = _times(products[k:] - square_i - square_j, *components.apart(back))
+    return tangent, components.joined(squares * 2, apart)
 
 
-def _scaled(stack: Tensor, exponents: Tensor) -> Tensor:
-    """Each component times its own power of two, in two steps: the power itself may be out of range."""
-    half = (exponents / 2).floor()
-    for part in (half, exponents - half):
-        stack = stack * part.exp2().to(stack.dtype).reshape(-1, *[1] * (stack.ndim - 1))
+def _times(stack: Tensor, *scales: Tensor) -> Tensor:
+    """Each component times its own powers of two, one after the other: their product may be out of range."""
+    for scale in scales:
+        stack = stack * scale.reshape(-1, *[1] * (stack.ndim - 1))
     return stack
 
 
-def _exponents(x: HyperDual, w: HyperDual) -> Tensor:
-    """[K]: by which powers of two both tangents of a direction are multiplied before they are added to others.
+def _scales(x: HyperDual, w: HyperDual) -> Tensor:
+    """[1 + K]: the powers of two by which both primals, and both tangents of each direction, are multiplied.
 
-    The norm of x_i times that of w_i becomes the primals'. By the inequality of the arithmetic and the geometric mean
-    the norms of what then cancels add up to no more than ||x_i|| ||w_j|| + ||x_j|| ||w_i||, by which rounding in the
-    plain form is bounded as well.
+    ||x_i|| ||w_i|| becomes the same for all i, that of the largest x_i times the largest w_j, which a component of y
+    has as well. By the inequality of the arithmetic and the geometric mean the norms of what then cancels add up to no
+    more than ||x_i|| ||w_j|| + ||x_j|| ||w_i||, by which rounding in the plain form is bounded too. First-order terms
+    have the relative error of phi(x, w) as well: where it is below the range of normal numbers, they lose bits with it.
     """
-    of_x, of_w = _sizes(x), _sizes(w)
-    return (((of_x[0] / of_x[1:]).log2() + (of_w[0] / of_w[1:]).log2()) / 2).round()
+    norms = torch.stack([_norms(x), _norms(w)])
+    # One that is zero throughout counts as the smallest that matters beside the others.
+    ratios = torch.where(norms > 0, norms.amax(1, keepdim=True) / norms, 2.0**48)
+    dtype = x.primal.dtype
+    most = -math.frexp(torch.finfo(dtype).tiny)[1]
+    return (ratios.log2().sum(0) / 2).round().clamp(max=most).exp2().to(dtype)
 
 
-def _sizes(factor: HyperDual) -> Tensor:
-    """[1 + K]: the root mean square of the primal and of each tangent, in float64; what is not finite counts as zero.
-
-    One that is zero throughout counts as the smallest that matters beside the others: then it may be scaled up.
-    """
-    parts = [torch.where(part.abs() < torch.inf, part, 0).double() for part in (factor.primal[None], factor.tangent)]
-    sizes = torch.cat([part.flatten(1).square().mean(1).sqrt() for part in parts])
-    largest = sizes.amax()
-    return torch.where(sizes > 0, sizes, torch.where(largest > 0, largest, 1) * 2.0**-48)
+def _norms(factor: HyperDual) -> Tensor:
+    """[1 + K]: of the primal and of each tangent, in float64; what is not finite counts as zero."""
+    finite = [torch.where(part.abs() < torch.inf, part, 0).flatten(1) for part in (factor.primal[None], factor.tangent)]
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in finite])

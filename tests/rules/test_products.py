@@ -141,6 +141,16 @@ def test_rounding_has_the_bound_of_the_plain_form(change):
         assert (found.double() - right).norm() <= 2 * unit * (xs[i + 1] * ws[j + 1] + xs[j + 1] * ws[i + 1]), (i, j)
 
 
+def test_pairs_stay_in_range_where_the_product_of_the_values_does_not():
+    x, w = factors()
+    x.cross = torch.zeros_like(x.cross)
+    x.primal, w.primal = x.primal * 1e-30, w.primal * 1e-30
+    by_sums = expanded(x, w)
+    assert (by_sums.primal == 0).all()
+    truth = expanded(converted(x, torch.float64), converted(w, torch.float64), sums=False)
+    assert error(by_sums.cross, truth.cross) < 1e-6
+
+
 def test_tangents_far_from_the_values_in_float64():
     x, w = factors(dtype=torch.float64)
     for factor in (x, w):
