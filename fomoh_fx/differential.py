@@ -78,7 +78,7 @@ def _single(out: HyperDual, name: str, scalar: bool = False) -> None:
 def _transformed(f: Function, second_order: Any) -> HyperDualModule:
     if not callable(f):
         raise ArgumentError(f"f: expected a function of tensors, got {type(f).__name__}")
-    return transform(f, wrt="inputs", second_order=second_order)
+    return transform(f, wrt="inputs", second_order=second_order, first_order=second_order is None)
 
 
 def grad(f: Function, argnums: int = 0, *, chunk_size: int | None = None) -> Function:

@@ -17,6 +17,7 @@ from fomoh_fx.capture import Call, Input, Program
 from fomoh_fx.capture.hooks import refuse_hooks_of
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.low_rank import LowRank
+from fomoh_fx.passes.expand import Form
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Seeds:
     Those of parameters may be factored.
 
     ``given_as`` are the caller's own names of the parameters; ``present`` says which leaves of the caller's structure
-    of input tangents are not None.
+    of input tangents are not None, and ``alike`` along which axes each of these had been expanded from one element: its
+    stack has one there.
     """
 
     owners: tuple[str | int, ...]
@@ -34,6 +36,7 @@ class Seeds:
     directions: int
     given_as: tuple[str, ...] = ()
     present: list[bool] = field(default_factory=list)
+    alike: tuple[tuple[int, ...], ...] = ()
 
     @property
     def by_name(self) -> bool:
@@ -41,8 +44,10 @@ class Seeds:
         return bool(self.given_as)
 
     @property
-    def ranks(self) -> tuple[int | None, ...]:
-        """The rank of each stack that is factored, None for the others."""
+    def forms(self) -> tuple[Form, ...]:
+        """The form in which each stack is given."""
+        if self.alike:
+            return tuple(axes or None for axes in self.alike)
         return tuple(stack.rank if isinstance(stack, LowRank) else None for stack in self.stacks)
 
     def positions(self, program: Program) -> list[int]:
@@ -127,6 +132,7 @@ def input_seeds(model: Any, call: Call, tangents: Any) -> Seeds:
     owners: list[int] = []
     stacks: list[Tensor] = []
     labels: list[str] = []
+    alike: list[tuple[int, ...]] = []
     number = 0
     for label, value, tangent in arguments:
         leaves, spec = pytree.tree_flatten(value)
@@ -148,11 +154,24 @@ def input_seeds(model: Any, call: Call, tangents: Any) -> Seeds:
             if part is not None:
                 _check(f"of {label}", part, leaf)
                 owners.append(number)
-                stacks.append(part.contiguous())
+                alike.append(axes_alike(part))
+                stacks.append(once(part, alike[-1]).contiguous())
                 labels.append(label)
             number += 1
     present = [leaf is not None for leaf in pytree.tree_leaves(tangents)]
-    return replace(_seeds(owners, stacks, labels), present=present)
+    return replace(_seeds(owners, stacks, labels), present=present, alike=tuple(alike))
+
+
+def axes_alike(stack: Tensor) -> tuple[int, ...]:
+    """The axes of a stack of tangents, but for the directions', along which it was expanded; Dynamo reads this."""
+    return tuple([d for d in range(1, stack.dim()) if stack.stride(d) == 0 and stack.shape[d] > 1])
+
+
+def once(stack: Tensor, axes: Sequence[int]) -> Tensor:
+    """One element along these axes; Dynamo reads this."""
+    for d in axes:
+        stack = stack.narrow(d, 0, 1)
+    return stack
 
 
 def _by_argument(model: Any, call: Call, tangents: Any) -> list[tuple[str, Any, Any]]:

@@ -38,7 +38,7 @@ def signature_of(model: Any, loss: Any, call: Call, seeds: Seeds) -> Signature:
     others = tuple(map(reader.value, call.others))
     modules = [reader.modules(f) if isinstance(f, nn.Module) else reader.value(f) for f in (model, loss)]
     default = torch.get_default_device(), products_are_exact(), *modes()
-    rest = (call.spec, kinds, others, *modules, default, seeds.owners, seeds.directions, seeds.ranks)
+    rest = (call.spec, kinds, others, *modules, default, seeds.owners, seeds.directions, seeds.forms)
     return Signature(tuple(t.shape for t in call.tensors), rest, reader.kept)
 
 

@@ -23,7 +23,7 @@ from fomoh_fx.passes.eliminate import eliminate
 from fomoh_fx.passes.normalize import results_of
 from fomoh_fx.passes.pipeline import Compiled, copy_of
 from fomoh_fx.passes.retrace import without_autocast
-from fomoh_fx.seeds import Seeds
+from fomoh_fx.seeds import Seeds, axes_alike, once
 from fomoh_fx.signature import Signature, argument_kind_of, modes, modules_of
 
 
@@ -36,6 +36,7 @@ class Specialization:
         compiled: every stage of the graph.
         components: which components it propagates.
         with_loss: whether the first result is the loss and the second the model's output.
+        first_order: whether the result has tangents.
         seeds: what the tangents belong to.
         signature: of the call that was traced.
         dims: the dynamic dimensions of each argument, or None where everything is static.
@@ -53,6 +54,7 @@ class Specialization:
     compiled: Compiled
     components: Components
     with_loss: bool
+    first_order: bool
     seeds: Seeds
     signature: Signature
     dims: list[dict[int, Any]] | None
@@ -117,8 +119,11 @@ class Specialization:
             same = len(given) == len(self.seeds.given_as) and all(name in given for name in self.seeds.given_as)
             return factors([tangents[name] for name in self.seeds.given_as]) if same else None
         leaves = pytree.tree_leaves(tangents)
-        present = [leaf is not None for leaf in leaves]
-        return [leaf for leaf in leaves if leaf is not None] if present == self.seeds.present else None
+        given = [leaf for leaf in leaves if leaf is not None]
+        alike = [axes_alike(leaf) for leaf in given]
+        if [leaf is not None for leaf in leaves] != self.seeds.present or alike != [*self.seeds.alike]:
+            return None
+        return [once(leaf, axes) for leaf, axes in zip(given, alike, strict=True)]
 
     def fits(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor], others: list[Any]) -> bool:
         """Whether this served these kinds of tensors, other arguments and modules before; Dynamo reads this."""
@@ -161,13 +166,17 @@ class Specialization:
         asked = values[:1] if self.with_loss else values
         tangent = [self._filled(v.primal, v.tangent, (self.components.directions,)) for v in asked]
         cross = [self._filled(v.primal, v.cross, self._cross_shape()) for v in asked]
-        second = self.components.second_order
         if self.with_loss:
             loss, output = primal
-            return HyperDual(loss, tangent[0], cross[0] if second else None, output=output, components=self.components)
+            return self._dual(loss, tangent[0], cross[0], output)
         none = lambda _: None  # noqa: E731  a leaf without derivative
+        return self._dual(primal, rebuild(tangent, none), rebuild(cross, none))
+
+    def _dual(self, primal: Any, tangent: Any, cross: Any, output: Any = None) -> HyperDual:
+        """The result, of what was asked for."""
+        first, second = self.first_order, self.components.second_order
         return HyperDual(
-            primal, rebuild(tangent, none), rebuild(cross, none) if second else None, components=self.components
+            primal, tangent if first else None, cross if second else None, output=output, components=self.components
         )
 
     def _cross_shape(self) -> tuple[int, ...]:

@@ -40,6 +40,7 @@ def transform(
     wrt: str | Iterable[str] = "parameters",
     second_order: SecondOrder = "plane",
     curvature: Curvature = "hessian",
+    first_order: bool = True,
 ) -> HyperDualModule:
     """Compile a model into its hyper-dual expansion.
 
@@ -52,6 +53,8 @@ def transform(
             for sum_i v_i^T H v_i in one component, None for first order only.
         curvature: ``"hessian"`` is exact; ``"ggn"`` is the generalised Gauss-Newton form
             H_ij = z_i^T (d^2 loss / dz^2) z_j in the model's output z, and needs ``loss``.
+        first_order: whether the result has first derivatives; False leaves out what only they need, and ``tangent`` is
+            None.
 
     Returns:
         A :class:`HyperDualModule`: ``hd(*args, tangents=V, targets=(y,), **kwargs)`` returns a :class:`HyperDual`.
@@ -59,7 +62,9 @@ def transform(
     Raises:
         ArgumentError: an argument does not fit; the message begins with its name.
     """
-    return HyperDualModule(model, loss, wrt=wrt, second_order=second_order, curvature=curvature)
+    return HyperDualModule(
+        model, loss, wrt=wrt, second_order=second_order, curvature=curvature, first_order=first_order
+    )
 
 
 class HyperDualModule(nn.Module):
@@ -83,6 +88,7 @@ class HyperDualModule(nn.Module):
         wrt: str | Iterable[str] = "parameters",
         second_order: SecondOrder = "plane",
         curvature: Curvature = "hessian",
+        first_order: bool = True,
     ) -> None:
         super().__init__()
         if not callable(model):
@@ -97,10 +103,12 @@ class HyperDualModule(nn.Module):
             raise ArgumentError(f"curvature: expected 'hessian' or 'ggn', got {curvature!r}")
         if curvature == "ggn" and loss is None:
             raise ArgumentError("curvature: 'ggn' needs loss=, the boundary between model and loss")
+        if not first_order and second_order is None:
+            raise ArgumentError("first_order: with second_order=None there is nothing else to compute")
         if isinstance(model, nn.Module):  # share the model's own tables, so that names have no prefix
             self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self.__dict__.update(model=model, loss=loss)
-        self.second_order, self.curvature = second_order, curvature
+        self.second_order, self.curvature, self.first_order = second_order, curvature, first_order
         self.wrt = wrt if isinstance(wrt, str) else _names(wrt)
         self.lowering: lower.Lowering = lower.eager
         self._forget()
@@ -251,7 +259,8 @@ class HyperDualModule(nn.Module):
             asked,
             components,
             values[1:] if self.curvature == "ggn" and self.second_order else (),
-            seeds.ranks,
+            seeds.forms,
+            self.first_order,
         )
         compiled = pipeline.run(program.module, request)
         if self.curvature == "ggn" and self.second_order and not compiled.layout.crosses:
@@ -267,6 +276,7 @@ class HyperDualModule(nn.Module):
             compiled,
             components,
             self.loss is not None,
+            self.first_order,
             replace(seeds, stacks=()),
             signature,
             dims,
@@ -369,7 +379,14 @@ def compile(hd: HyperDualModule, **options: Any) -> HyperDualModule:
     """
     if not isinstance(hd, HyperDualModule):
         raise ArgumentError(f"hd: expected the result of fomoh_fx.transform, got {type(hd).__name__}")
-    compiled = HyperDualModule(hd.model, hd.loss, wrt=hd.wrt, second_order=hd.second_order, curvature=hd.curvature)
+    compiled = transform(
+        hd.model,
+        hd.loss,
+        wrt=hd.wrt,
+        second_order=hd.second_order,
+        curvature=hd.curvature,
+        first_order=hd.first_order,
+    )
     compiled.lowering = partial(lower.inductor, **options)
     compiled.most_specializations = hd.most_specializations
     return compiled

@@ -27,6 +27,10 @@ from fomoh_fx.passes.retrace import in_body, last_node, retrace
 from fomoh_fx.rules.low_rank import multiplied_out
 from fomoh_fx.rules.registry import FACTORED, RULES, Operator, Rule, rule_for
 
+#: How a tangent is given: the rank of its factors (:class:`LowRank`), the axes along which it is alike and has one
+#: element in place of all, or None where it is whole.
+Form = int | tuple[int, ...] | None
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -136,22 +140,23 @@ def _fitted(part: Tensor | None, primal: Tensor, count: int) -> Tensor | None:
 
 
 def expand(
-    module: fx.GraphModule, seeds: Mapping[fx.Node, int | None], asked: Sequence[int], components: Components,
-    scope: Scope,
+    module: fx.GraphModule, seeds: Mapping[fx.Node, Form], asked: Sequence[int], components: Components,
+    scope: Scope, first_order: bool = True,
 ) -> tuple[fx.GraphModule, Layout]:  # fmt: skip
     """The hyper-dual expansion of the graph.
 
     Args:
         module: the normalised graph.
-        seeds: the placeholders that have a tangent, in the order in which the tangents become inputs, and the rank of
-            tangents that are given as factors (:class:`LowRank`).
+        seeds: the placeholders that have a tangent, in the order in which the tangents become inputs, and the form in
+            which each is given.
         asked: the positions of the outputs whose components are asked for.
         components: which components to propagate.
         scope: the active nodes, and those of them that carry tangents only.
+        first_order: whether the tangents are asked for.
     """
     placeholders = inputs_of(module)
     inputs = [n.meta["val"] for n in placeholders]
-    like = [_tangent_like(n.meta["val"], components.directions, rank) for n, rank in seeds.items()]
+    like = [_tangent_like(n.meta["val"], components.directions, form) for n, form in seeds.items()]
     tangents, structure = pytree.tree_flatten(like)
     expander = Expander(module, components, scope)
     layout = Layout(0, (), ())
@@ -159,13 +164,18 @@ def expand(
     def expansion(*values: Any) -> tuple[Any, ...]:
         nonlocal layout
         primals, given = values[: len(inputs)], pytree.tree_unflatten(values[len(inputs) :], structure)
-        stacks = dict(zip(seeds, given, strict=True))
+        stacks = {
+            n: v.expand(-1, *n.meta["val"].shape) if isinstance(form, tuple) else v
+            for (n, form), v in zip(seeds.items(), given, strict=True)
+        }
         seeded = [HyperDual(p, stacks[n]) if n in stacks else p for n, p in zip(placeholders, primals, strict=True)]
         outputs = list(expander.run(*seeded))
         if any(isinstance(outputs[i], Undefined) for i in asked):
             raise UnsupportedOpError("model: returns a value for which PyTorch defines no derivative")
         duals = [x if isinstance(x := multiplied_out(outputs[i]), HyperDual) else HyperDual(x) for i in asked]
-        with_tangent = [(i, d.tangent) for i, d in zip(asked, duals, strict=True) if d.tangent is not None]
+        with_tangent = [
+            (i, d.tangent) for i, d in zip(asked, duals, strict=True) if first_order and d.tangent is not None
+        ]
         with_cross = [(i, d.cross) for i, d in zip(asked, duals, strict=True) if d.cross is not None]
         layout = Layout(len(outputs), tuple(i for i, _ in with_tangent), tuple(i for i, _ in with_cross))
         crosses = [c.squeeze(0) if components.second_order == "trace" else c for _, c in with_cross]
@@ -173,8 +183,10 @@ def expand(
 
     expanded = retrace(expansion, [*inputs, *tangents])
     labels = [(n.name, "primal", n) for n in placeholders]
-    for n, rank in seeds.items():
-        labels += [(f"{n.name}_tangent{factor}", "tangent", n) for factor in (("",) if rank is None else FACTORS)]
+    for n, form in seeds.items():
+        labels += [
+            (f"{n.name}_tangent{factor}", "tangent", n) for factor in (FACTORS if isinstance(form, int) else ("",))
+        ]
     for (name, component, n), node in zip(labels, inputs_of(expanded), strict=True):
         node.name = node.target = name
         node.meta[provenance.KEY] = provenance.Provenance(n.name, component)
@@ -182,11 +194,11 @@ def expand(
     return renamed(expanded), layout
 
 
-def _tangent_like(value: Tensor, directions: int, rank: int | None) -> Tensor | LowRank:
+def _tangent_like(value: Tensor, directions: int, form: Form) -> Tensor | LowRank:
     def empty(*sizes: int | SymInt) -> Tensor:
         return torch.empty((directions, *sizes), dtype=value.dtype, device=value.device)
 
     with value.fake_mode:  # type: ignore[attr-defined]
-        if rank is None:
-            return empty(*value.shape)
-        return LowRank(empty(value.shape[0], rank), empty(rank, *value.shape[1:]))
+        if isinstance(form, int):
+            return LowRank(empty(value.shape[0], form), empty(form, *value.shape[1:]))
+        return empty(*(1 if d in (form or ()) else size for d, size in enumerate(value.shape, 1)))

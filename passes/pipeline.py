@@ -1,4 +1,7 @@
-"""The pipeline: normalize, expand, simplify, cse, fuse, layouts, eliminate; verified after each, every stage kept."""
+"""The pipeline: normalize, expand, simplify, sink, cse, fuse, layouts, eliminate.
+
+Verified after each; every stage is kept.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,18 @@ from fomoh_fx.hyperdual import Components
 from fomoh_fx.passes.activity import analyse, ancestors
 from fomoh_fx.passes.cse import merge_common_subexpressions
 from fomoh_fx.passes.eliminate import eliminate
-from fomoh_fx.passes.expand import Layout, Scope, expand
+from fomoh_fx.passes.expand import Form, Layout, Scope, expand
 from fomoh_fx.passes.fuse import fuse
 from fomoh_fx.passes.layouts import refuse_sparse, settle
 from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
 from fomoh_fx.passes.simplify import simplify
+from fomoh_fx.passes.sink import sink
 from fomoh_fx.passes.verify import verify
 
 #: After the expansion: each takes a graph of its own and returns it rewritten.
 REWRITES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
     "simplify": simplify,
+    "sink": sink,
     "cse": merge_common_subexpressions,
     "fuse": fuse,
     "layouts": settle,
@@ -39,14 +44,16 @@ class Request:
         components: which components.
         first_order_above: positions of the outputs at which the model ends: nodes that they depend on carry tangents
             only (the generalised Gauss-Newton plane). Empty for the Hessian.
-        ranks: of the seeds' tangents that are given as factors; None for the others, and by default for all.
+        forms: in which the seeds' tangents are given (:data:`~fomoh_fx.passes.expand.Form`); by default all whole.
+        first_order: whether tangents are among what is asked for.
     """
 
     seeds: Sequence[int]
     asked: Sequence[int]
     components: Components
     first_order_above: Sequence[int] = ()
-    ranks: Sequence[int | None] | None = None
+    forms: Sequence[Form] | None = None
+    first_order: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,10 @@ def run(captured: fx.GraphModule, request: Request) -> Compiled:
     results = results_of(stages["normalize"])
     model_part = ancestors(stages["normalize"].graph, [results[i] for i in request.first_order_above])
     scope = Scope(analyse(stages["normalize"].graph, seeds, asked).active, model_part)
-    ranked = dict(zip(seeds, request.ranks or [None] * len(seeds), strict=True))
-    stages["expand"], layout = expand(stages["normalize"], ranked, request.asked, request.components, scope)
+    given = dict(zip(seeds, request.forms or [None] * len(seeds), strict=True))
+    stages["expand"], layout = expand(
+        stages["normalize"], given, request.asked, request.components, scope, request.first_order
+    )
     verify(stages["expand"], "expand")
     module = stages["expand"]
     for name, rewrite in REWRITES.items():

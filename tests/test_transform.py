@@ -631,3 +631,37 @@ def test_settings_of_a_module_are_part_of_the_signature() -> None:
     assert len(hd._traced) == 2
     net[1].p = 1.0
     assert not hd(x, tangents=tangents).primal.any()
+
+
+@pytest.mark.parametrize("second_order", ["plane", "diagonal", "trace"])
+@pytest.mark.parametrize("loss", [None, nn.functional.mse_loss])
+def test_without_first_derivatives(second_order, loss):
+    """The second ones are the same, and what only the first ones need is gone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    tangents = {name: torch.randn(2, *p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+    keywords = {"tangents": tangents, **({} if loss is None else {"targets": (y,)})}
+    both = fomoh_fx.transform(model, loss, second_order=second_order)
+    alone = fomoh_fx.transform(model, loss, second_order=second_order, first_order=False)
+    expected, found = both(x, **keywords), alone(x, **keywords)
+    assert found.tangent is None
+    torch.testing.assert_close(found.cross, expected.cross, rtol=0, atol=0)
+    torch.testing.assert_close(found.primal, expected.primal, rtol=0, atol=0)
+    counts = [len(hd.stages["eliminate"].graph.nodes) for hd in (alone, both)]
+    assert counts[0] < counts[1]
+    assert fomoh_fx.compile(alone).first_order is False
+
+
+def test_first_order_is_all_there_is():
+    with pytest.raises(fomoh_fx.ArgumentError, match="first_order: "):
+        fomoh_fx.transform(lambda x: x, wrt="inputs", second_order=None, first_order=False)
+
+
+def test_an_optimizer_takes_first_derivatives_all_the_same():
+    model = nn.Linear(3, 1)
+    hd = fomoh_fx.transform(model, nn.functional.mse_loss, first_order=False)
+    opt = fomoh_fx.optim.FoMoHKD(hd, lr=0.5, seed=0)
+    x = torch.randn(8, 3)
+    losses = [opt.step(x, targets=(x.sum(1, keepdim=True),)).item() for _ in range(20)]
+    assert losses[-1] < losses[0]

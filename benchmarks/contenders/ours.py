@@ -79,7 +79,7 @@ def step_by_factors(problem: Problem, options: Options) -> Local:
 
 def laplacian(model: nn.Module, x: Tensor, options: Options) -> Local:
     """One component for the sum over all unit directions of each sample."""
-    hd = fomoh_fx.compile(fomoh_fx.transform(model, wrt="inputs", second_order="trace"))
+    hd = fomoh_fx.compile(fomoh_fx.transform(model, wrt="inputs", second_order="trace", first_order=False))
     size = x.shape[-1]
-    units = torch.eye(size, dtype=x.dtype, device=x.device)[:, None].expand(size, *x.shape).contiguous()
+    units = torch.eye(size, dtype=x.dtype, device=x.device)[:, None].expand(size, *x.shape)
     return Local(lambda: hd(x, tangents=(units,)).cross, x.device, lambda value: {"laplacian": value})

@@ -308,7 +308,7 @@ def fitted(hd: Any, second_order: SecondOrder, curvature: Curvature | None = Non
     if module.wrt == "inputs":
         raise ArgumentError('hd: was transformed with wrt="inputs"; training needs derivatives in the parameters')
     curvature = curvature or module.curvature
-    if module is hd and (module.second_order, module.curvature) == (second_order, curvature):
+    if module is hd and module.first_order and (module.second_order, module.curvature) == (second_order, curvature):
         return module
     made = HyperDualModule(module.model, module.loss, wrt=module.wrt, second_order=second_order, curvature=curvature)
     made.lowering = module.lowering if module is hd else lower.inductor
