@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.cache import Cache
+from fomoh_fx.capture.threads import CAPTURING
 from fomoh_fx.capture import Call, Program, capture
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.reading import Reading
@@ -168,11 +169,13 @@ class ActivityGradient:
     def _specialized(self, call: Call, parameters: tuple[str, ...]) -> _Specialization:
         signature = signature_of(self.hd.model, self.hd.loss, call, Seeds((), (), 0))
         key = signature, parameters
-        self._latest = self._specializations.find(key, lambda s: is_as_captured(s.program, s.outside, call.tensors))
-        if self._latest is None:
-            self._latest = self._compile(call, parameters)
-            self._specializations.add(key, self._latest, self.hd.most_specializations)
-        return self._latest
+        found = self._specializations.find(key, lambda s: is_as_captured(s.program, s.outside, call.tensors))
+        if found is None:
+            with CAPTURING:  # one thread at a time
+                found = self._compile(call, parameters)
+                self._specializations.add(key, found, self.hd.most_specializations)
+        self._latest = found
+        return found
 
     def _compile(self, call: Call, parameters: tuple[str, ...]) -> _Specialization:
         program = capture(self.hd.model, self.hd.loss, call, argument_names(self.hd.model, call))

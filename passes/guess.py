@@ -363,7 +363,7 @@ def _delta(
 
     def averaged(slopes: Tensor) -> Tensor:
         total = (p.finest.spread(slopes, p.shape) * stack).sum(0)
-        return total if p.exact else total / p.directions
+        return (total if p.exact else total / p.directions).to(stack.dtype)  # a loss may be wider
 
     residual = averaged(d)
     far = None if p.places is None else averaged(p.places.elsewhere(d))

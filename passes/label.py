@@ -6,9 +6,10 @@ is computed on the way to one of them ``tanh_cross_mul``. A node that several co
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import fx
@@ -89,7 +90,14 @@ def _names_of_outputs(n: fx.Node, result: Any, count: int) -> list[tuple[str, st
     if not isinstance(result, (tuple, list)):
         return [(n.name, n.name)] * count
     taken = {user.args[1]: user.name for user in n.users if user.target is operator.getitem}
-    return [(taken[i], taken[i]) if i in taken else (n.name, f"{n.name}_{i}") for i in range(count)]
+    others = {node.name for node in n.graph.nodes}
+    free = [next(name for name in _numbered(f"{n.name}_{i}") if name not in others) for i in range(count)]
+    return [(taken[i], taken[i]) if i in taken else (n.name, free[i]) for i in range(count)]
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """The name, and that name with something after it."""
+    return (name + "_" * more for more in itertools.count())
 
 
 def _on_the_way(n: fx.Node, component: str, node: fx.Node) -> str:

@@ -5,6 +5,7 @@ Contract: reads the graph and the bodies in it, changes nothing, raises :class:`
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def _problem_of_call(node: fx.Node) -> str:
     """What is wrong with a call on its own: provenance, recorded value, mutation, kind of tensor."""
     if provenance.KEY not in node.meta:
         return "has lost its provenance"
-    if "val" not in node.meta and not is_assertion(node):
+    if "val" not in node.meta and not is_assertion(node) and not _is_left_out(node):
         return "has no recorded value"
     if isinstance(node.target, torch._ops.OpOverload):
         if node.target._schema.is_mutable:
@@ -53,6 +54,14 @@ def _problem_of_call(node: fx.Node) -> str:
     if isinstance(value, Tensor) and value.layout != torch.strided:
         return "is sparse"
     return ""
+
+
+def _is_left_out(node: fx.Node) -> bool:
+    """Whether it is an output that an operator was asked not to compute, of which nothing is recorded."""
+    if node.target is not operator.getitem:
+        return False
+    outputs, number = node.args
+    return outputs.meta["val"][number] is None  # type: ignore[union-attr,index]
 
 
 def _problem_of_bodies(node: fx.Node) -> str:

@@ -37,7 +37,7 @@ def refuse_drawn(capture: Callable[[], Program], *models: Any) -> Program:
         CaptureError: the graph changes with the numbers, or a generator object has been drawn from.
     """
     before, objects = _state(), _generators(models)
-    with _entropy_refused():
+    with _entropy_refused(), _seeding_refused():
         program = capture()
     after = _state()
     for name, generator, state in objects:
@@ -105,6 +105,29 @@ def _entropy_refused() -> Iterator[None]:
         return make(seed)
 
     with patch.object(numpy.random, "default_rng", seeded):
+        yield
+
+
+@contextmanager
+def _seeding_refused() -> Iterator[None]:
+    """Refuse a model that seeds, sets or forks torch's generators: a graph draws on from where they are."""
+
+    def refusing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if not is_hidden(sys._getframe(1).f_code.co_filename):
+                raise CaptureError(
+                    f"model: calls torch.{name} while it runs, and a graph draws on from where torch's generator is. Call "
+                    "it before, or draw before and pass the numbers as arguments"
+                )
+            return function(*args, **kwargs)
+
+        return checked
+
+    with ExitStack() as stack:
+        for module, prefix in ((torch, ""), (torch.random, "random.")):
+            for name in ("manual_seed", "seed", "set_rng_state", "fork_rng"):
+                if (function := getattr(module, name, None)) is not None:
+                    stack.enter_context(patch.object(module, name, refusing(prefix + name, function)))
         yield
 
 

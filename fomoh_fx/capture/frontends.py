@@ -12,7 +12,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from operator import attrgetter
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch._export.utils import _compiling_state_context
 from torch._inductor import config as inductor_config
 from torch._subclasses import fake_impls
@@ -440,10 +441,25 @@ def _tracing_state() -> Iterator[None]:
         stack.enter_context(quiet("torch.fx.experimental.symbolic_shapes"))
         stack.enter_context(patch.object(_trace, "print", lambda *_, **__: None, create=True))  # a graph
         stack.enter_context(patch.object(torch, "from_numpy", torch.as_tensor))  # which frontends see
+        stack.enter_context(_transforms_left())
         stack.enter_context(known_literals())
         stack.enter_context(constructors_recorded())
         stack.enter_context(_without_checks_of_values())
         yield
+
+
+@contextmanager
+def _transforms_left() -> Iterator[None]:
+    """The function transforms in which a frontend failed are over: everything after it would run inside them."""
+    depth, level = torch._C._functorch.get_dynamic_layer_stack_depth(), forward_ad._current_level
+    try:
+        yield
+    finally:
+        if level < 0:
+            with suppress(RuntimeError):  # none was left
+                torch._C._exit_dual_level(level=0)  # the only one that PyTorch can enter
+            forward_ad._current_level = level
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
 @contextmanager
@@ -501,6 +517,8 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
             inputs.append(_state(root, target))
         elif spec.kind == InputKind.CONSTANT_TENSOR:
             inputs.append(Input("constant", target, tensor=exported.constants[target]))
+        elif spec.kind == InputKind.TOKEN:  # make_fx knows none
+            raise NotImplementedError("an operator with an effect, such as a check of values under vmap")
         else:
             raise CaptureError(f"model: an input of kind {spec.kind.name} ({target}) is not supported")
     outputs = []

@@ -106,7 +106,7 @@ class Reader:
             id(module),
             type(module),
             module.training,
-            (*children, *map(id, children.values())),
+            (*children.keys(), *map(id, children.values())),  # a scripted module's table has no iterator
             tuple(own["_forward_pre_hooks"]),  # by numbers that PyTorch gives only once
             tuple(own["_forward_hooks"]),
             tuple(own["_backward_pre_hooks"]),

@@ -70,7 +70,9 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 def is_real(tensor: Tensor) -> bool:
     """A tensor with data of its own that is met while the frontend runs the model on fake ones."""
-    return type(tensor) in _PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    if type(tensor) not in _PLAIN or tensor.is_meta:  # a fake tensor is one without data inside
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _is_size(x: Any) -> bool:

@@ -95,6 +95,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
         curvature: Curvature | None = None,
         **options: Unpack[Options],
     ) -> None:
+        if unknown := options.keys() - Options.__annotations__.keys():
+            known = ", ".join(Options.__annotations__)
+            raise ArgumentError(f"{min(unknown)}: no option of {type(self).__name__}; beside its own there are {known}")
         self.hd = fitted(hd, self.second_order, curvature)
         self.directions = directions
         self.largest_rise = options.get("largest_rise", self.default_largest_rise)
@@ -266,6 +269,13 @@ class ForwardOptimizer(torch.optim.Optimizer):
     def _trained(self) -> dict[str, nn.Parameter]:
         """The parameters that move, by name."""
         trained = {name: p for _, name, p in self._members() if p.requires_grad}
+        current = dict(self.hd.module.named_parameters())
+        for name, p in trained.items():
+            if current.get(name) is not p:
+                raise ArgumentError(
+                    f"params: {name} is no longer the model's: another tensor has taken its place since this optimizer "
+                    "was made (by assign=True, or a module that was exchanged); make a new optimizer"
+                )
         if not trained:
             raise ArgumentError("params: none of the parameters has requires_grad=True, so there is nothing to train")
         return trained
