@@ -8,7 +8,7 @@ result does not need all pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,24 @@ class _Argument:
         return pytree.tree_unflatten(shaped, self.spec)
 
 
+def _evaluated(hd: HyperDualModule, args: Sequence[Any], tangents: Any, is_whole: bool) -> HyperDual:
+    """One pass, over all directions or over some.
+
+    Raises:
+        ArgumentError: over some, where each pass would draw other random numbers, or change the function's state again.
+    """
+    if is_whole:
+        return hd(*args, tangents=tangents)
+    evaluate = hd.prepare(*args, tangents=tangents)
+    program = evaluate.specialization.program
+    if program.draws or any(out.changes is not None for out in program.outputs):
+        raise ArgumentError(
+            "chunk_size: f draws random numbers or changes its state, which every chunk of directions would do anew; "
+            "leave it out, so that all directions are in one pass"
+        )
+    return evaluate()
+
+
 def _single(out: HyperDual, name: str, scalar: bool = False) -> None:
     if not isinstance(out.primal, Tensor):
         raise ArgumentError(f"f: {name} needs a function that returns one tensor, got {type(out.primal).__name__}")
@@ -93,7 +111,7 @@ def grad(f: Function, argnums: int = 0, *, chunk_size: int | None = None) -> Fun
         argument = _Argument(args, argnums, "grad")
         parts = []
         for units in argument.units(chunk_size):
-            out = hd(*args, tangents=argument.tangents(units))
+            out = _evaluated(hd, args, argument.tangents(units), len(units) == argument.count)
             _single(out, "grad", scalar=True)
             parts.append(out.tangent)
         return argument.unflatten(torch.cat(parts))
@@ -139,14 +157,17 @@ def hvp(f: Function, argnums: int = 0, *, chunk_size: int | None = None) -> Func
         *inputs, v = args
         argument = _Argument(tuple(inputs), argnums, "hvp")
         flat = argument.flatten(v)
-        length = flat.norm()
-        unit = torch.where(length > 0, flat / length, flat)
+        largest = flat.abs().amax()  # first, so that no square is out of range
+        scaled = torch.where(largest > 0, flat / largest, flat)
+        length = scaled.norm()
+        unit = torch.where(length > 0, scaled / length, scaled)
         parts = []
         for units in argument.units(chunk_size):
-            out = hd(*inputs, tangents=argument.tangents(torch.cat([units + unit, units - unit])))
+            tangents = argument.tangents(torch.cat([units + unit, units - unit]))
+            out = _evaluated(hd, inputs, tangents, len(units) == argument.count)
             _single(out, "hvp", scalar=True)
             plus, minus = out.cross.chunk(2)
-            parts.append((plus - minus) / 4 * length)
+            parts.append((plus - minus) / 4 * length * largest)
         return argument.unflatten(torch.cat(parts))
 
     return product
@@ -184,7 +205,7 @@ def hessian_diagonal(f: Function, argnums: int = 0, *, chunk_size: int | None = 
         argument = _Argument(args, argnums, "hessian_diagonal")
         parts = []
         for units in argument.units(chunk_size):
-            out = hd(*args, tangents=argument.tangents(units))
+            out = _evaluated(hd, args, argument.tangents(units), len(units) == argument.count)
             _single(out, "hessian_diagonal")
             parts.append(out.cross)
         return argument.unflatten(torch.cat(parts))
@@ -206,7 +227,7 @@ def laplacian(f: Function, argnums: int = 0, *, chunk_size: int | None = None) -
         argument = _Argument(args, argnums, "laplacian")
         total: Any = 0
         for units in argument.units(chunk_size):
-            out = hd(*args, tangents=argument.tangents(units))
+            out = _evaluated(hd, args, argument.tangents(units), len(units) == argument.count)
             _single(out, "laplacian")
             total = total + out.cross
         return total

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.cache import Cache
-from fomoh_fx.capture.threads import CAPTURING
 from fomoh_fx.capture import Call, Program, capture
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.reading import Reading
+from fomoh_fx.capture.threads import CAPTURING
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.activity import analyse

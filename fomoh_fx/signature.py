@@ -14,6 +14,7 @@ from fomoh_fx.capture import Call
 from fomoh_fx.capture.reading import Reader, kind_of, unusual_strides_of
 from fomoh_fx.capture.state import STANDARD
 from fomoh_fx.rules.products import products_are_exact
+from fomoh_fx.rules.registry import GIVEN
 from fomoh_fx.seeds import Seeds
 
 
@@ -37,7 +38,7 @@ def signature_of(model: Any, loss: Any, call: Call, seeds: Seeds) -> Signature:
     kinds = tuple([(*argument_kind_of(t)[1:], t.is_conj(), t.is_neg(), unusual_strides_of(t)) for t in call.tensors])
     others = tuple(map(reader.value, call.others))
     modules = [reader.modules(f) if isinstance(f, nn.Module) else reader.value(f) for f in (model, loss)]
-    default = torch.get_default_device(), products_are_exact(), *modes()
+    default = torch.get_default_device(), products_are_exact(), tuple(GIVEN.items()), *modes()
     rest = (call.spec, kinds, others, *modules, default, seeds.owners, seeds.directions, seeds.forms)
     return Signature(tuple(t.shape for t in call.tensors), rest, reader.kept)
 

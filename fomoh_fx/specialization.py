@@ -98,7 +98,10 @@ class Specialization:
             ):
                 return False
         shape_env, condition = self.guards
-        return not condition or bool(shape_env.evaluate_guards_expression(condition, tensors))
+        try:
+            return not condition or bool(shape_env.evaluate_guards_expression(condition, tensors))
+        except ZeroDivisionError:  # of a size by one that is zero, for which it was not traced
+            return False
 
     @cached_property
     def guards(self) -> tuple[Any, str | None]:

@@ -31,6 +31,8 @@ from fomoh_fx.signature import Signature, argument_kind_of, modes, modules_of, p
 from fomoh_fx.specialization import Evaluation, Specialization, outside_of
 
 Curvature = Literal["hessian", "ggn"]
+#: Arguments of :func:`transform` that are attributes of what it returns.
+_ASKED = ("wrt", "second_order", "curvature", "first_order")
 
 
 def transform(
@@ -114,6 +116,12 @@ class HyperDualModule(nn.Module):
         self._forget()
         if self.wrt != "inputs":
             selected_parameters(self.module, self.wrt)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What was asked of ``transform`` stays as it is: it decides what is compiled."""
+        if name in _ASKED and name in self.__dict__ and value != self.__dict__[name]:
+            raise ArgumentError(f"{name}: was given when the model was transformed; call fomoh_fx.transform again")
+        super().__setattr__(name, value)
 
     @property
     def module(self) -> nn.Module:

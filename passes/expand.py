@@ -17,7 +17,9 @@ from torch import SymInt, Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils import _pytree as pytree
 
+from fomoh_fx.custom_functions import FUNCTIONS
 from fomoh_fx.errors import FomohError, UnsupportedOpError
+from fomoh_fx.functional_forms import CHANGING
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined, primal_of
 from fomoh_fx.low_rank import LowRank
 from fomoh_fx.passes import provenance
@@ -25,7 +27,7 @@ from fomoh_fx.passes.label import FACTORS, label, label_rest, renamed
 from fomoh_fx.passes.normalize import explained, failed, inputs_of
 from fomoh_fx.passes.retrace import in_body, last_node, retrace
 from fomoh_fx.rules.low_rank import multiplied_out
-from fomoh_fx.rules.registry import FACTORED, RULES, Operator, Rule, rule_for
+from fomoh_fx.rules.registry import FACTORED, GIVEN, RULES, Operator, Rule, rule_for
 
 #: How a tangent is given: the rank of its factors (:class:`LowRank`), the axes along which it is alike and has one
 #: element in place of all, or None where it is whole.
@@ -95,6 +97,8 @@ class Expander(fx.Interpreter):
         try:
             rule, args, kwargs = _fitting(target, args, kwargs)
             result = rule(target, components, *args, **kwargs)
+            if target in GIVEN and target not in FUNCTIONS and target not in CHANGING:
+                _check_result(result, n.meta["val"], components)
             return pytree.tree_map(
                 lambda x: _settled(x, components), result, is_leaf=lambda x: isinstance(x, HyperDual)
             )
@@ -116,6 +120,29 @@ def _fitting(op: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     if op in FACTORED:
         return FACTORED[op], args, kwargs
     return rule_for(op), *pytree.tree_map(multiplied_out, (args, kwargs), is_leaf=lambda x: isinstance(x, HyperDual))
+
+
+def _check_result(result: Any, value: Any, components: Components) -> None:
+    """What a user's rule returns: one HyperDual or tensor for each output, of its shape and after K or C of it."""
+    found, outputs = ([x] if not isinstance(x, (list, tuple)) else [*x] for x in (result, value))
+    if len(found) != len(outputs) or isinstance(result, (list, tuple)) != isinstance(value, (list, tuple)):
+        raise UnsupportedOpError(
+            f"its rule returns {type(result).__name__} where the operator has {len(outputs)} outputs"
+        )
+    for x, y in zip(found, outputs, strict=True):
+        if not isinstance(y, Tensor):
+            continue
+        if not isinstance(x, (HyperDual, Tensor)):
+            raise UnsupportedOpError(f"its rule returns {type(x).__name__} for an output, not a HyperDual or a tensor")
+        parts = [x.primal, x.tangent, x.cross] if isinstance(x, HyperDual) else [x, None, None]
+        for name, part, lead in zip(
+            ("primal", "tangent", "cross"), parts, ((), (components.directions,), (components.count,)), strict=True
+        ):
+            shape = (*lead, *y.shape)
+            if isinstance(part, Tensor) and not statically_known_true(sym_eq(tuple(part.shape), shape)):
+                raise UnsupportedOpError(
+                    f"its rule gives a {name} of shape {list(part.shape)}, and that of its output is {list(shape)}"
+                )
 
 
 def _settled(x: Any, components: Components) -> Any:

@@ -116,8 +116,8 @@ def _seeding_refused() -> Iterator[None]:
         def checked(*args: Any, **kwargs: Any) -> Any:
             if not is_hidden(sys._getframe(1).f_code.co_filename):
                 raise CaptureError(
-                    f"model: calls torch.{name} while it runs, and a graph draws on from where torch's generator is. Call "
-                    "it before, or draw before and pass the numbers as arguments"
+                    f"model: calls torch.{name} while it runs, and a graph draws on from where torch's generator is. "
+                    "Call it before, or draw before and pass the numbers as arguments"
                 )
             return function(*args, **kwargs)
 

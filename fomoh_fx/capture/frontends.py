@@ -20,11 +20,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import forward_ad
 from torch._export.utils import _compiling_state_context
 from torch._inductor import config as inductor_config
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.export import _trace
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx

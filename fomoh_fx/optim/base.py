@@ -32,6 +32,8 @@ from fomoh_fx.optim.update import update
 from fomoh_fx.seeds import selected_parameters
 from fomoh_fx.transform import Curvature, HyperDualModule
 
+_NO_ORDER = "params: a set has no order, so directions would not be reproducible; give a list"
+
 
 class Options(TypedDict, total=False):
     """What every optimizer takes; :class:`ForwardOptimizer` says what it means."""
@@ -286,7 +288,11 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 yield group, name, p
 
     def _groups(self, params: Iterable[Any] | None) -> list[dict[str, Any]]:
+        if isinstance(params, set):
+            raise ArgumentError(_NO_ORDER)
         chosen = list(self._selected().values() if params is None else params)
+        if not chosen:
+            raise ArgumentError("params: there is none")
         if chosen and isinstance(chosen[0], dict):
             return chosen
         return [{"params": chosen}]
@@ -299,13 +305,15 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """The parameters with their names in the model."""
         names = {id(p): name for name, p in self._selected().items()}
         if isinstance(params, set):
-            raise ArgumentError("params: a set has no order, so directions would not be reproducible; give a list")
+            raise ArgumentError(_NO_ORDER)
         named: list[tuple[str, nn.Parameter]] = []
         entries: Iterable[Any] = [params] if isinstance(params, Tensor) else params
         for entry in entries:
             p = entry[1] if isinstance(entry, tuple) else entry
-            if id(p) not in names:
+            if not isinstance(p, Tensor) or id(p) not in names:
                 raise ArgumentError("params: there is one that is not among the model's parameters that hd.wrt selects")
+            if any(p is known for _, known in named):
+                raise ArgumentError(f"params: {names[id(p)]} is there twice")
             named.append((names[id(p)], p))
         return named
 

@@ -24,6 +24,7 @@ Rule = Callable[..., Any]
 
 RULES: dict[Operator, Rule] = {}
 FACTORED: dict[Operator, Rule] = {}  # for tangents of low rank: rules/low_rank.py; others have them multiplied out
+GIVEN: dict[Operator, int] = {}  # how often register_rule served an operator
 COMPOSITES: dict[Operator, Callable[..., Any]] = {}
 KINDS: dict[Any, str] = {}  # looked up by the target of any node
 DEFAULT: list[Callable[[Operator], Rule]] = []  # one maker of rules for operators without: rules/fallback.py
@@ -139,6 +140,7 @@ def register_rule(op: Any, rule: Rule | Composite) -> None:
     register(ops, rule)
     for known in ops:
         FACTORED.pop(known, None)
+        GIVEN[known] = GIVEN.get(known, 0) + 1
 
 
 def supported_ops() -> dict[str, str]:
