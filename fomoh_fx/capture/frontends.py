@@ -231,6 +231,7 @@ def _by_some_frontend(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         try:
             with _tracing_state(), _foreign_restored(root), _containers_kept(root):
                 program = frontend(root, names, dynamic_shapes)
+                _raise_what_was_caught(root)
         except (UnsupportedOpError, CaptureError) as error:
             where = source_line("".join(traceback.format_tb(error.__traceback__)))
             raise type(error)(f"{error}\n  at {where}" if where else str(error)) from error
@@ -257,6 +258,15 @@ def _by_some_frontend(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         return program
     kind, lines = (_DecidedByData, [*refused, ADVICE]) if decided_by_data else (CaptureError, refused)
     return kind("\n  ".join(["model: no frontend could capture it as one graph", *lines]))
+
+
+def _raise_what_was_caught(root: Root) -> None:
+    """A model that catches a frontend's refusal went on as it would not with numbers."""
+    semantics = root.observed.semantics
+    assert semantics is not None
+    caught, semantics.refusal = semantics.refusal, None
+    if caught is not None:
+        raise caught
 
 
 def _note_assignments(program: Program, root: Root, names: Sequence[str]) -> None:

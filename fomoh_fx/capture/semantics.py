@@ -30,8 +30,9 @@ from fomoh_fx.capture.constructors import class_of
 from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.untraceable import traceable
 from fomoh_fx.custom_functions import FunctionCall, Template, apply_of_library, functions_called, of_library
-from fomoh_fx.errors import CaptureError, UnsupportedOpError
+from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
 from fomoh_fx.functional_forms import apart, changed_arguments, changes_arguments, functional_form, named
+from fomoh_fx.passes.data_sizes import DECIDED_BY_DATA
 from fomoh_fx.triton_kernels import LAUNCH, launch
 
 ops = torch.ops.fomoh_fx
@@ -98,6 +99,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         made: what torch functions have returned.
         names: of tensors from before the run, and of what stands for them, by identity.
         leaves: inputs with tangents, which are no leaves while they are captured, so that the model may change them.
+        refusal: what tells the frontend that the model cannot be captured, which the model itself may catch.
         has_denied: whether the model has asked a tensor for a gradient of it, and been told that there is none.
         asks_for_offset: whether the model has asked where in its storage a tensor begins.
     """
@@ -114,6 +116,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         self.foreign: dict[int, Tensor] = {}
         self.made: list[weakref.ref[Tensor]] = []
         self.has_denied = False
+        self.refusal: Exception | None = None
         self.asks_for_offset = False
         self._aliases = Aliases(self._remember)
         self._shared: list[list[tuple[weakref.ref[Tensor], int]]] = []  # of one memory after x.data = y, with versions
@@ -142,7 +145,11 @@ class ReverseModeSemantics(TorchFunctionMode):
             with torch.inference_mode(False), torch.no_grad():
                 return self.__torch_function__(func, types, args, kwargs)
         self._aliases.follow()  # a custom Function may have changed something since the last call
-        result = self._call(func, args, kwargs or {})
+        try:
+            result = self._call(func, args, kwargs or {})
+        except (*DECIDED_BY_DATA, FomohError) as error:
+            self.refusal = error
+            raise
         self._aliases.follow()
         results = result if isinstance(result, (tuple, list)) else (result,)
         if self._shared:
@@ -191,6 +198,11 @@ class ReverseModeSemantics(TorchFunctionMode):
             return self._renormalised(func, bound)
         if func is torch.Tensor.detach_:
             return args[0].copy_(ops.stop_gradient.default(args[0]))
+        if func is torch.Tensor.backward and not kwargs.get("create_graph"):
+            raise CaptureError(
+                "model: calls .backward() while it runs, which has no place in a graph; take the gradients by "
+                "torch.autograd.grad, whose results have no derivative either without create_graph=True"
+            )
         if func is torch.autograd.grad and not kwargs["create_graph"]:
             return pytree.tree_map_only(Tensor, stopped, func(*args, **kwargs))
         if torch.is_grad_enabled() or func in _ATTRIBUTES:
