@@ -9,7 +9,7 @@ it says, and of no value that the graph returns, which is memory of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -34,11 +34,11 @@ def _rows(node: fx.Node) -> Operands:
 
 
 def _summed(node: fx.Node) -> Operands:
-    x, dims, *keep = node.args
+    x, dims, *keep = cast("tuple[fx.Node, list[int], Any]", node.args)
     value = value_of(x)
     if keep != [True] or value is None:
         return {}
-    return {x: {d % value.ndim - value.ndim for d in dims}}  # type: ignore[dict-item,union-attr]
+    return {x: {d % value.ndim - value.ndim for d in dims}}
 
 
 #: The operators below which an expansion may move.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -759,3 +760,40 @@ def test_compiled_function(kind: str) -> None:
         agree(lambda x: function.apply(x * x).sum(1), lambda x: 2 * (x * x).sum(1), compiled=True)
     else:
         agree(lambda x: function.apply(x * x).sum(1), compiled=True)
+
+
+@torch.library.custom_op("fomoh_fx_tests::checked", mutates_args=())
+def checked(x: Tensor) -> Tensor:
+    return x * x
+
+
+@checked.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+WRONG = {
+    r"a tangent of shape \[4, 3\].*\[2, 4, 3\]": lambda op, c, x: HyperDual(
+        op(x.primal), (2 * x.primal * x.tangent).sum(0)
+    ),
+    r"a cross of shape \[2, 4, 3\].*\[3, 4, 3\]": lambda op, c, x: HyperDual(op(x.primal), x.tangent, x.tangent),
+    r"a primal of shape \[\]": lambda op, c, x: op(x.primal).sum(),
+    "NoneType": lambda op, c, x: None,
+    "tuple": lambda op, c, x: (x, x),
+}
+
+
+@pytest.mark.parametrize("match", WRONG)
+def test_a_rule_of_the_wrong_shape_is_named(match):
+    fomoh_fx.register_rule(checked, WRONG[match])
+    message = refusal(lambda x: checked(x).sum())
+    assert "checked" in message
+    assert re.search(match, message), message
+
+
+def test_a_rule_that_is_registered_later_serves_what_was_transformed_before():
+    fomoh_fx.register_rule(checked, elementwise("x"))
+    hd = fomoh_fx.transform(lambda x: checked(x).sum(), wrt="inputs")
+    torch.testing.assert_close(hd(X, tangents=[V]).tangent, V.sum((1, 2)))
+    fomoh_fx.register_rule(checked, elementwise("x*x"))
+    torch.testing.assert_close(hd(X, tangents=[V]).tangent, (2 * X * V).sum((1, 2)))

@@ -83,3 +83,25 @@ def test_misuse_names_the_argument(point):
         fomoh_fx.hvp(f)(*point, torch.randn(2))
     with pytest.raises(fomoh_fx.ArgumentError, match="^f"):
         fomoh_fx.hessian(3)
+
+
+def test_chunks_that_would_draw_anew_are_refused(point):
+    """One mask, and one update of the statistics, serve all directions."""
+    x, _ = point
+    norm = nn.BatchNorm1d(3).double()
+    functions = [
+        lambda x: nn.functional.dropout(x**2, 0.5, training=True).sum(),
+        lambda x: norm(torch.stack([x, x**2])).sin().sum(),
+    ]
+    for function in functions:
+        for operator in (fomoh_fx.grad, fomoh_fx.laplacian, fomoh_fx.hessian_diagonal):
+            with pytest.raises(fomoh_fx.ArgumentError, match="^chunk_size: "):
+                operator(function, chunk_size=2)(x)
+            operator(function, chunk_size=3)(x)
+    assert norm.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("size", [1e-24, 1e20, 0.0])
+def test_hvp_of_a_vector_whose_squares_are_out_of_range(size):
+    x, v = torch.ones(6), torch.full((6,), size)
+    torch.testing.assert_close(fomoh_fx.hvp(lambda x: (x**3).sum())(x, v), 6 * v, rtol=1e-5, atol=0)

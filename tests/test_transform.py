@@ -665,3 +665,10 @@ def test_an_optimizer_takes_first_derivatives_all_the_same():
     x = torch.randn(8, 3)
     losses = [opt.step(x, targets=(x.sum(1, keepdim=True),)).item() for _ in range(20)]
     assert losses[-1] < losses[0]
+
+
+def test_what_was_asked_for_stays():
+    hd = fomoh_fx.transform(lambda x: x.sin().sum(), wrt="inputs")
+    for name, value in {"second_order": "trace", "curvature": "ggn", "wrt": "parameters", "first_order": False}.items():
+        with pytest.raises(fomoh_fx.ArgumentError, match=f"^{name}: "):
+            setattr(hd, name, value)

@@ -310,7 +310,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         entries: Iterable[Any] = [params] if isinstance(params, Tensor) else params
         for entry in entries:
             p = entry[1] if isinstance(entry, tuple) else entry
-            if not isinstance(p, Tensor) or id(p) not in names:
+            if not isinstance(p, nn.Parameter) or id(p) not in names:
                 raise ArgumentError("params: there is one that is not among the model's parameters that hd.wrt selects")
             if any(p is known for _, known in named):
                 raise ArgumentError(f"params: {names[id(p)]} is there twice")

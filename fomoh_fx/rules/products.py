@@ -108,7 +108,10 @@ def _by_sums(alike: Phi, components: Components, y: Tensor, x: HyperDual, w: Hyp
     def sums(factor: HyperDual) -> Tensor:
         primal, tangent = _times(factor.primal[None], own), _times(factor.tangent, others)
         with_primal = primal + tangent
-        return torch.cat([with_primal, add(*components.apart(tangent))]) if components.spans_pairs else with_primal
+        if not components.spans_pairs:
+            return with_primal
+        first, second = components.apart(tangent)
+        return torch.cat([with_primal, first + second])
 
     squares, products = alike(x.tangent, w.tangent), alike(sums(x), sums(w))
     scaled, back = _times(squares, others, others), 1 / others

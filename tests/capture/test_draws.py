@@ -124,3 +124,21 @@ def test_a_generator_that_is_not_drawn_from_is_no_matter():
 
     out, expected = out_of(Seeded())
     torch.testing.assert_close(out.primal, expected)
+
+
+def test_seeds_of_torch_are_refused():
+    """A graph draws on from where the generator is."""
+
+    class Seeded(nn.Linear):
+        def forward(self, x):
+            torch.manual_seed(0)
+            return super().forward(x) * torch.rand(3)
+
+    class Forked(nn.Linear):
+        def forward(self, x):
+            with torch.random.fork_rng(devices=[]):
+                return super().forward(x) * torch.rand(3)
+
+    for kind, name in ((Seeded, "manual_seed"), (Forked, "random.fork_rng")):
+        with pytest.raises(CaptureError, match=f"calls torch.{name} .*Call it before"):
+            out_of(kind(3, 3))

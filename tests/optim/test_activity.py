@@ -317,3 +317,14 @@ def test_what_decides_a_branch_has_a_graph_of_its_own():
         for name, expected in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
             torch.testing.assert_close(found.whole[name], expected)
     assert len(gradient._specializations.values) == 2
+
+
+def test_bfloat16():
+    """Of which PyTorch computes the loss in float32."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+    opt = FoMoHKD(fomoh_fx.transform(model, nn.functional.mse_loss), sampler="activity", seed=0)
+    x = torch.randn(32, 4, dtype=dtype)
+    losses = [opt.step(x, targets=(x[:, :2].sin(),)).item() for _ in range(10)]
+    assert losses[-1] < losses[0]

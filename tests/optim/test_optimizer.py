@@ -336,3 +336,32 @@ def test_nothing_waits_for_the_gpu(optimizer):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert opt.skipped == 0
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+def test_an_option_that_there_is_not_is_refused(optimizer):
+    hd = fomoh_fx.transform(Quadratic())
+    for unknown in ({"maximize": True}, {"momentum": 0.9}, {"weightdecay": 1.0}):
+        (name,) = unknown
+        with pytest.raises(ArgumentError, match=f"^{name}: .* weight_decay"):
+            optimizer(hd, **unknown)
+
+
+def test_parameters_that_are_none_are_refused():
+    model = nn.Linear(2, 1)
+    hd = fomoh_fx.transform(model, nn.functional.mse_loss)
+    cases = {"none": [], "no order": set(model.parameters()), "twice": [model.weight, model.weight]}
+    for match, params in cases.items():
+        with pytest.raises(ArgumentError, match=f"^params: .*{match}"):
+            FGD(hd, params=params)
+
+
+def test_a_tensor_that_took_a_parameters_place_is_noticed():
+    """Directions of the one would move the other."""
+    model = nn.Linear(2, 1)
+    opt = FoMoHKD(fomoh_fx.transform(model, nn.functional.mse_loss), seed=0)
+    x, y = torch.randn(8, 2), torch.randn(8, 1)
+    opt.step(x, targets=(y,))
+    model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()}, assign=True)
+    with pytest.raises(ArgumentError, match="^params: weight .* make a new optimizer"):
+        opt.step(x, targets=(y,))
