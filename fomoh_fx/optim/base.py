@@ -165,7 +165,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         state.restore(unless=moved.valid)
         actual = None if replay is None else replay.loss().double() - reference.double()
         finish = self._finish if kappa is None else self._finish.eager
-        record = finish(memories, value, moved, _number(self.param_groups[0]["lr"]), actual, parameters, directions)
+        record = finish(memories, value, moved, _one_rate(rates), actual, parameters, directions)
         self._skipped.count(~moved.valid)
         if self.diagnostics:
             self.last_step = record
@@ -348,6 +348,14 @@ def scalar_of(value: HyperDual) -> Tensor:
 
 def _number(rate: float | Tensor) -> Tensor:
     return torch.as_tensor(rate, dtype=torch.float64)
+
+
+def _one_rate(rates: Sequence[Tensor]) -> Tensor:
+    """The rate of all parameters, NaN where they have different ones."""
+    first, *others = rates
+    for rate in others:
+        first = torch.where(rate == first, first, torch.nan)
+    return first
 
 
 def at_least_zero(name: str, value: Any) -> None:

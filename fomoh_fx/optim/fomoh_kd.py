@@ -85,7 +85,7 @@ class FoMoHKD(PlaneSearch):
         super().learn(record)
         if self.length is not None:
             made = ~record.skipped if record.refused is None else ~(record.skipped | record.refused)
-            self.length.expect(torch.where(made, record.bend, 0))
+            self.length.expect(torch.where(made & ~record.bend.isnan(), record.bend, 0))
 
     def state_dict(self) -> dict[str, Any]:
         """With the part of the step that is taken, where that adapts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 
 from fomoh_fx.hyperdual import HyperDual
@@ -58,7 +59,11 @@ class PlaneSearch(ForwardOptimizer):
         if not isinstance(self.solver, AdaptiveSolver):
             super().learn(record)
         elif record.actual is not None:
+            before = getattr(self.solver, self.solver.caution)
             self.solver.observe(record.actual, record.predicted)
+            adapted = getattr(self.solver, self.solver.caution)
+            predicts = ~record.part.isnan().any()  # groups with rates of their own leave the plane
+            setattr(self.solver, self.solver.caution, torch.where(predicts, adapted, before.to(adapted)))
 
     def state_dict(self) -> dict[str, Any]:
         """With what the solver has learned, where it adapts."""

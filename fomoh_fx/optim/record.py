@@ -16,8 +16,8 @@ class StepRecord:
     ``loss`` is the one before the step, ``actual`` what the step changed of it on the same batch with the same random
     numbers (before it was taken back where it was), None where nothing asked for it. ``slopes`` [K] are v_i . grad f;
     ``curvature`` is [K, K] for a plane, [K] for a diagonal, None at first order; ``part`` [K] is what was taken of each
-    direction (by the first group's rate). ``damping`` is the solver's, None where it has none. ``skipped``: something
-    was not finite. ``refused``: the step was taken back.
+    direction, NaN where groups have different rates: nothing is predicted then. ``damping`` is the solver's, None where
+    it has none. ``skipped``: something was not finite. ``refused``: the step was taken back.
     """
 
     loss: Tensor

@@ -365,3 +365,22 @@ def test_a_tensor_that_took_a_parameters_place_is_noticed():
     model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()}, assign=True)
     with pytest.raises(ArgumentError, match="^params: weight .* make a new optimizer"):
         opt.step(x, targets=(y,))
+
+
+@pytest.mark.parametrize("solver", ["levenberg_marquardt", "trust_region"])
+def test_groups_with_rates_of_their_own_predict_nothing(solver):
+    """The step leaves the plane, so that the solver's caution stays as it is; with one rate it adapts."""
+    torch.manual_seed(0)
+    cautions = {}
+    for rates in ((0.5, 0.5), (0.0, 0.5)):
+        model = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
+        groups = [{"params": model[0].parameters(), "lr": rates[0]}, {"params": model[2].parameters(), "lr": rates[1]}]
+        hd = fomoh_fx.transform(model, nn.functional.mse_loss)
+        opt = FoMoHKD(hd, seed=0, solver=solver, diagnostics=True, params=groups)
+        before = getattr(opt.solver, opt.solver.caution).clone()
+        x = torch.randn(16, 2)
+        losses = [opt.step(x, targets=(x.sum(1, keepdim=True),)).item() for _ in range(8)]
+        assert losses[-1] < losses[0]
+        assert opt.last_step.predicted.isnan() == (rates[0] != rates[1])
+        cautions[rates] = (getattr(opt.solver, opt.solver.caution) - before).abs().item()
+    assert cautions[0.0, 0.5] == 0 < cautions[0.5, 0.5]
