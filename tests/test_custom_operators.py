@@ -797,3 +797,22 @@ def test_a_rule_that_is_registered_later_serves_what_was_transformed_before():
     torch.testing.assert_close(hd(X, tangents=[V]).tangent, V.sum((1, 2)))
     fomoh_fx.register_rule(checked, elementwise("x*x"))
     torch.testing.assert_close(hd(X, tangents=[V]).tangent, (2 * X * V).sum((1, 2)))
+
+
+@torch.library.custom_op("fomoh_fx_tests::sum_of_two", mutates_args=())
+def sum_of_two(x: Tensor, w: Tensor) -> Tensor:
+    return x + w
+
+
+@sum_of_two.register_fake
+def _(x: Tensor, w: Tensor) -> Tensor:
+    return torch.empty(torch.broadcast_shapes(x.shape, w.shape), dtype=x.dtype)
+
+
+def test_an_expression_may_broadcast_its_arguments():
+    fomoh_fx.register_rule(sum_of_two, elementwise("x+w"))
+    row, v = X[0], V[:, 0]
+    found = fomoh_fx.transform(lambda w: sum_of_two(X, w).sin().sum(), wrt="inputs")(row, tangents=[v])
+    expected = reverse_over_reverse(lambda w: (X + w).sin().sum(), [row], [v])
+    for actual, true in zip((found.primal, found.tangent, found.hessian()), expected, strict=True):
+        assert relative_error(actual, true) < 1e-12
