@@ -3,6 +3,7 @@
 from fomoh_fx.rules import (  # noqa: F401  each registers its operators
     activations,
     attention,
+    backward,
     bilinear,
     complex,
     control_flow,
