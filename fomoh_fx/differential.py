@@ -1,14 +1,14 @@
 """Differential operators as functions of a function, in the manner of ``torch.func``, by forward passes only.
 
 Each takes a function of tensors and returns a function of the same arguments. Directions are the unit vectors of the
-argument number ``argnums`` (any pytree of floating-point tensors), all in one pass: n of them for n numbers, so these
-are for arguments of moderate size. ``chunk_size`` bounds how many directions are propagated at a time where the
-result does not need all pairs.
+argument number ``argnums`` (any pytree of floating-point tensors; for a tuple of numbers, these arguments as one),
+all in one pass: n of them for n numbers, so these are for arguments of moderate size. Keyword arguments go on to
+f. ``chunk_size`` bounds how many directions are propagated at a time where the result does not need all pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,31 +22,47 @@ from fomoh_fx.transform import HyperDualModule, transform
 Function = Callable[..., Any]
 
 
-class _Argument:
-    """One argument as a flat vector of n numbers, and unit directions along it."""
+Argnums = int | tuple[int, ...]
 
-    def __init__(self, args: tuple[Any, ...], at: int, name: str) -> None:
-        if not -len(args) <= at < len(args):
-            raise ArgumentError(f"argnums: {at} is out of range for {len(args)} arguments")
-        self.at = at % len(args)
-        self.leaves, self.spec = pytree.tree_flatten(args[self.at])
+
+class _Argument:
+    """One argument, or several as a tuple, as a flat vector of n numbers, and unit directions along it."""
+
+    def __init__(self, args: tuple[Any, ...], argnums: Argnums, name: str) -> None:
+        self.at = _positions(argnums, len(args))
+        chosen = tuple(args[i] for i in self.at)
+        self.is_tuple, self.others = isinstance(argnums, tuple), len(args)
+        self.leaves, self.spec = pytree.tree_flatten(chosen if self.is_tuple else chosen[0])
         for leaf in self.leaves:
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-                raise ArgumentError(f"argnums: {name} needs real floating-point tensors in argument {at}, got {leaf!r}")
+                raise ArgumentError(
+                    f"argnums: {name} needs real floating-point tensors in argument {argnums}, got {leaf!r}"
+                )
+        if not self.leaves:
+            raise ArgumentError(f"argnums: {name} needs a tensor in argument {argnums}, got {self.spec}")
         self.count = sum(leaf.numel() for leaf in self.leaves)
-        self.others = len(args)
 
     def tangents(self, flat: Tensor) -> tuple[Any, ...]:
         """Rows of a matrix ``[K, n]`` as tangents of the argument, None for the other arguments."""
         parts = flat.split([leaf.numel() for leaf in self.leaves], dim=1)
-        stacks = [part.to(leaf.dtype).reshape(-1, *leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)]
+        stacks = [
+            part.to(leaf.dtype).reshape(len(flat), *leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)
+        ]
         tree = pytree.tree_unflatten(stacks, self.spec)
-        return tuple(tree if i == self.at else None for i in range(self.others))
+        by_position = dict(zip(self.at, tree if self.is_tuple else (tree,), strict=True))
+        return tuple(by_position.get(i) for i in range(self.others))
 
     def units(self, chunk_size: int | None) -> Iterator[Tensor]:
-        """The identity matrix in chunks of rows."""
+        """The identity matrix in chunks of rows; one row of nothing where there are no numbers."""
+        if chunk_size is not None and chunk_size < 1:
+            raise ArgumentError(f"chunk_size: must be at least 1, got {chunk_size}")
         dtype, device = self.leaves[0].dtype, self.leaves[0].device
-        return iter(torch.eye(self.count, dtype=dtype, device=device).split(chunk_size or self.count))
+        rows = torch.eye(max(self.count, 1), self.count, dtype=dtype, device=device)
+        return iter(rows.split(chunk_size or len(rows)))
+
+    def is_whole(self, units: Tensor) -> bool:
+        """Whether these are all directions."""
+        return len(units) == max(self.count, 1)
 
     def flatten(self, tree: Any) -> Tensor:
         """A pytree like the argument as a vector ``[n]``."""
@@ -60,7 +76,7 @@ class _Argument:
 
     def unflatten(self, stacked: Tensor) -> Any:
         """``[n, *output]`` as a pytree of ``[*output, *leaf]``, the layout of ``torch.func.jacrev``."""
-        parts = stacked.split([leaf.numel() for leaf in self.leaves])
+        parts = stacked[: self.count].split([leaf.numel() for leaf in self.leaves])
         shaped = [
             part.movedim(0, -1).reshape(*stacked.shape[1:], *leaf.shape)
             for part, leaf in zip(parts, self.leaves, strict=True)
@@ -68,15 +84,39 @@ class _Argument:
         return pytree.tree_unflatten(shaped, self.spec)
 
 
-def _evaluated(hd: HyperDualModule, args: Sequence[Any], tangents: Any, is_whole: bool) -> HyperDual:
+def _with_vector(args: tuple[Any, ...], argnums: Argnums, name: str) -> tuple[_Argument, tuple[Any, ...], Tensor]:
+    """The argument, f's own arguments, and the vector that is given after them, flat."""
+    if not args:
+        raise ArgumentError(f"v: missing; {name}(f) takes f's arguments, and the vector after them")
+    *inputs, v = args
+    argument = _Argument(tuple(inputs), argnums, name)
+    return argument, tuple(inputs), argument.flatten(v)
+
+
+def _positions(argnums: Argnums, count: int) -> tuple[int, ...]:
+    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+    if not numbers or not all(isinstance(n, int) for n in numbers):
+        raise ArgumentError(f"argnums: expected the number of an argument, or a tuple of them, got {argnums!r}")
+    for n in numbers:
+        if not -count <= n < count:
+            raise ArgumentError(f"argnums: {n} is out of range for {count} arguments")
+    at = tuple(n % count for n in numbers)
+    if len(set(at)) < len(at):
+        raise ArgumentError(f"argnums: {argnums} has an argument twice")
+    return at
+
+
+def _evaluated(
+    hd: HyperDualModule, args: Sequence[Any], kwargs: Mapping[str, Any], tangents: Any, is_whole: bool
+) -> HyperDual:
     """One pass, over all directions or over some.
 
     Raises:
         ArgumentError: over some, where each pass would draw other random numbers, or change the function's state again.
     """
     if is_whole:
-        return hd(*args, tangents=tangents)
-    evaluate = hd.prepare(*args, tangents=tangents)
+        return hd(*args, tangents=tangents, **kwargs)
+    evaluate = hd.prepare(*args, tangents=tangents, **kwargs)
     program = evaluate.specialization.program
     if program.draws or any(out.changes is not None for out in program.outputs):
         raise ArgumentError(
@@ -99,7 +139,7 @@ def _transformed(f: Function, second_order: Any) -> HyperDualModule:
     return transform(f, wrt="inputs", second_order=second_order, first_order=second_order is None)
 
 
-def grad(f: Function, argnums: int = 0, *, chunk_size: int | None = None) -> Function:
+def grad(f: Function, argnums: Argnums = 0, *, chunk_size: int | None = None) -> Function:
     """The gradient of a scalar function: ``grad(f)(*args)`` has the structure and shapes of argument ``argnums``.
 
     Raises:
@@ -107,11 +147,11 @@ def grad(f: Function, argnums: int = 0, *, chunk_size: int | None = None) -> Fun
     """
     hd = _transformed(f, None)
 
-    def gradient(*args: Any) -> Any:
+    def gradient(*args: Any, **kwargs: Any) -> Any:
         argument = _Argument(args, argnums, "grad")
         parts = []
         for units in argument.units(chunk_size):
-            out = _evaluated(hd, args, argument.tangents(units), len(units) == argument.count)
+            out = _evaluated(hd, args, kwargs, argument.tangents(units), argument.is_whole(units))
             _single(out, "grad", scalar=True)
             parts.append(out.tangent)
         return argument.unflatten(torch.cat(parts))
@@ -119,30 +159,28 @@ def grad(f: Function, argnums: int = 0, *, chunk_size: int | None = None) -> Fun
     return gradient
 
 
-def hessian(f: Function, argnums: int = 0) -> Function:
-    """The Hessian of a function of one tensor ``[*shape]``: ``hessian(f)(*args)`` is ``[*output, *shape, *shape]``.
+def hessian(f: Function, argnums: Argnums = 0) -> Function:
+    """The Hessian: ``hessian(f)(*args)`` is ``[*output, *shape, *shape]`` for an argument of ``[*shape]``.
 
-    All n(n+1)/2 pairs of unit vectors in one forward pass: H_ij = e_i^T H e_j.
+    For an argument of several tensors it has the argument's structure twice, as in ``torch.func``: entry ``[i][j]`` is
+    ``[*output, *shape_i, *shape_j]``. All n(n+1)/2 pairs of unit vectors in one forward pass: H_ij = e_i^T H e_j.
 
     Raises:
-        ArgumentError: f returns no single tensor, or the argument is not one real floating-point tensor.
+        ArgumentError: f returns no single tensor, or the argument is not of real floating-point tensors.
     """
     hd = _transformed(f, "plane")
 
-    def matrix(*args: Any) -> Tensor:
+    def matrix(*args: Any, **kwargs: Any) -> Any:
         argument = _Argument(args, argnums, "hessian")
-        if len(argument.leaves) != 1:
-            raise ArgumentError(f"argnums: hessian needs one tensor in argument {argnums}, got {argument.spec}")
         (units,) = argument.units(None)
-        out = hd(*args, tangents=argument.tangents(units))
+        out = hd(*args, tangents=argument.tangents(units), **kwargs)
         _single(out, "hessian")
-        shape = argument.leaves[0].shape
-        return out.hessian().movedim((0, 1), (-2, -1)).reshape(*out.primal.shape, *shape, *shape)
+        return pytree.tree_map(argument.unflatten, argument.unflatten(out.hessian()))
 
     return matrix
 
 
-def hvp(f: Function, argnums: int = 0, *, chunk_size: int | None = None) -> Function:
+def hvp(f: Function, argnums: Argnums = 0, *, chunk_size: int | None = None) -> Function:
     """Hessian-vector products: ``hvp(f)(*args, v)`` is H v with the structure of argument ``argnums``, f scalar.
 
     By polarisation of quadratic forms, e_i^T H v = ((e_i + v)^T H (e_i + v) - (e_i - v)^T H (e_i - v)) / 4, one
@@ -153,18 +191,16 @@ def hvp(f: Function, argnums: int = 0, *, chunk_size: int | None = None) -> Func
     """
     hd = _transformed(f, "diagonal")
 
-    def product(*args: Any) -> Any:
-        *inputs, v = args
-        argument = _Argument(tuple(inputs), argnums, "hvp")
-        flat = argument.flatten(v)
-        largest = flat.abs().amax()  # first, so that no square is out of range
+    def product(*args: Any, **kwargs: Any) -> Any:
+        argument, inputs, flat = _with_vector(args, argnums, "hvp")
+        largest = flat.abs().amax() if argument.count else flat.sum()  # first, so that no square is out of range
         scaled = torch.where(largest > 0, flat / largest, flat)
         length = scaled.norm()
         unit = torch.where(length > 0, scaled / length, scaled)
         parts = []
         for units in argument.units(chunk_size):
             tangents = argument.tangents(torch.cat([units + unit, units - unit]))
-            out = _evaluated(hd, inputs, tangents, len(units) == argument.count)
+            out = _evaluated(hd, inputs, kwargs, tangents, argument.is_whole(units))
             _single(out, "hvp", scalar=True)
             plus, minus = out.cross.chunk(2)
             parts.append((plus - minus) / 4 * length * largest)
@@ -173,7 +209,7 @@ def hvp(f: Function, argnums: int = 0, *, chunk_size: int | None = None) -> Func
     return product
 
 
-def quadratic_form(f: Function, argnums: int = 0) -> Function:
+def quadratic_form(f: Function, argnums: Argnums = 0) -> Function:
     """Curvature along a direction: ``quadratic_form(f)(*args, v)`` is v^T H v, shaped like f's output (a tensor).
 
     One forward pass with one direction.
@@ -183,17 +219,16 @@ def quadratic_form(f: Function, argnums: int = 0) -> Function:
     """
     hd = _transformed(f, "diagonal")
 
-    def form(*args: Any) -> Tensor:
-        *inputs, v = args
-        argument = _Argument(tuple(inputs), argnums, "quadratic_form")
-        out = hd(*inputs, tangents=argument.tangents(argument.flatten(v).unsqueeze(0)))
+    def form(*args: Any, **kwargs: Any) -> Tensor:
+        argument, inputs, flat = _with_vector(args, argnums, "quadratic_form")
+        out = hd(*inputs, tangents=argument.tangents(flat.unsqueeze(0)), **kwargs)
         _single(out, "quadratic_form")
         return out.cross[0]
 
     return form
 
 
-def hessian_diagonal(f: Function, argnums: int = 0, *, chunk_size: int | None = None) -> Function:
+def hessian_diagonal(f: Function, argnums: Argnums = 0, *, chunk_size: int | None = None) -> Function:
     """The diagonal of the Hessian, e_i^T H e_i: a pytree of ``[*output, *leaf]`` like argument ``argnums``.
 
     Raises:
@@ -201,11 +236,11 @@ def hessian_diagonal(f: Function, argnums: int = 0, *, chunk_size: int | None = 
     """
     hd = _transformed(f, "diagonal")
 
-    def diagonal(*args: Any) -> Any:
+    def diagonal(*args: Any, **kwargs: Any) -> Any:
         argument = _Argument(args, argnums, "hessian_diagonal")
         parts = []
         for units in argument.units(chunk_size):
-            out = _evaluated(hd, args, argument.tangents(units), len(units) == argument.count)
+            out = _evaluated(hd, args, kwargs, argument.tangents(units), argument.is_whole(units))
             _single(out, "hessian_diagonal")
             parts.append(out.cross)
         return argument.unflatten(torch.cat(parts))
@@ -213,7 +248,7 @@ def hessian_diagonal(f: Function, argnums: int = 0, *, chunk_size: int | None = 
     return diagonal
 
 
-def laplacian(f: Function, argnums: int = 0, *, chunk_size: int | None = None) -> Function:
+def laplacian(f: Function, argnums: Argnums = 0, *, chunk_size: int | None = None) -> Function:
     """The Laplacian sum_i e_i^T H e_i, shaped like f's output (one tensor).
 
     One component for the whole sum (the "forward Laplacian"), so its cost is that of n tangents and one more.
@@ -223,11 +258,11 @@ def laplacian(f: Function, argnums: int = 0, *, chunk_size: int | None = None) -
     """
     hd = _transformed(f, "trace")
 
-    def trace(*args: Any) -> Tensor:
+    def trace(*args: Any, **kwargs: Any) -> Tensor:
         argument = _Argument(args, argnums, "laplacian")
         total: Any = 0
         for units in argument.units(chunk_size):
-            out = _evaluated(hd, args, argument.tangents(units), len(units) == argument.count)
+            out = _evaluated(hd, args, kwargs, argument.tangents(units), argument.is_whole(units))
             _single(out, "laplacian")
             total = total + out.cross
         return total

@@ -105,3 +105,75 @@ def test_chunks_that_would_draw_anew_are_refused(point):
 def test_hvp_of_a_vector_whose_squares_are_out_of_range(size):
     x, v = torch.ones(6), torch.full((6,), size)
     torch.testing.assert_close(fomoh_fx.hvp(lambda x: (x**3).sum())(x, v), 6 * v, rtol=1e-5, atol=0)
+
+
+def g(p, x, scale=1.0):
+    return torch.tanh(p["weight"] @ x + p["bias"]).square() * scale
+
+
+@pytest.fixture
+def several():
+    torch.manual_seed(0)
+    weight, bias, x = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3), (2,), (3,)))
+    return {"weight": weight, "bias": bias}, x
+
+
+@pytest.mark.parametrize("argnums", [0, (0, 1), (1,)])
+def test_hessian_in_several_tensors(several, argnums):
+    expected = torch.func.jacrev(torch.func.jacrev(g, argnums), argnums)(*several)
+    torch.testing.assert_close(fomoh_fx.hessian(g, argnums)(*several), expected)
+
+
+def test_several_arguments(several):
+    def scalar(p, x):
+        return g(p, x).sum()
+
+    expected = torch.func.grad(scalar, (1, 0))(*several)
+    torch.testing.assert_close(fomoh_fx.grad(scalar, (1, 0))(*several), expected)
+    torch.testing.assert_close(fomoh_fx.grad(scalar, (-1, 0), chunk_size=4)(*several), expected)
+    matrix = torch.func.hessian(lambda flat: scalar(
+        {"weight": flat[:6].reshape(2, 3), "bias": flat[6:8]}, flat[8:]
+    ))(torch.cat([several[0]["weight"].flatten(), several[0]["bias"], several[1]]))  # fmt: skip
+    product = fomoh_fx.hvp(scalar, (0, 1))(*several, several)
+    flat = torch.cat([several[0]["weight"].flatten(), several[0]["bias"], several[1]])
+    torch.testing.assert_close(
+        torch.cat([product[0]["weight"].flatten(), product[0]["bias"], product[1]]), matrix @ flat
+    )
+    torch.testing.assert_close(fomoh_fx.quadratic_form(scalar, (0, 1))(*several, several), flat @ matrix @ flat)
+    torch.testing.assert_close(fomoh_fx.laplacian(scalar, (0, 1))(*several), matrix.trace())
+    torch.testing.assert_close(fomoh_fx.hessian_diagonal(scalar, (0, 1))(*several)[1], matrix.diagonal()[8:])
+
+
+def test_keyword_arguments(several):
+    expected = torch.func.jacrev(torch.func.jacrev(lambda x: g(several[0], x, 3.0)))(several[1])
+    torch.testing.assert_close(fomoh_fx.hessian(g, 1)(*several, scale=3.0), expected)
+    torch.testing.assert_close(fomoh_fx.laplacian(g, 1)(*several, scale=3.0), expected.diagonal(dim1=1, dim2=2).sum(1))
+
+
+def test_no_numbers():
+    x = torch.zeros(0, 2, dtype=torch.float64)
+
+    def scalar(x):
+        return x.sin().sum()
+
+    assert fomoh_fx.grad(scalar)(x).shape == (0, 2)
+    assert fomoh_fx.hessian(scalar)(x).shape == (0, 2, 0, 2)
+    assert fomoh_fx.hessian_diagonal(scalar, chunk_size=3)(x).shape == (0, 2)
+    assert fomoh_fx.hvp(scalar)(x, x).shape == (0, 2)
+    assert fomoh_fx.laplacian(scalar)(x) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: fomoh_fx.grad(f, "x")(x, x), "argnums: expected the number"),
+        (lambda x: fomoh_fx.grad(f, (0, -2))(x, x), "argnums: .* twice"),
+        (lambda x: fomoh_fx.grad(f, (0, 2))(x, x), "argnums: 2 is out of range"),
+        (lambda x: fomoh_fx.grad(f, chunk_size=0)(x, x), "chunk_size: must be at least 1"),
+        (lambda x: fomoh_fx.hvp(f)(), "v: missing"),
+        (lambda x: fomoh_fx.hessian(f)({}, x), "argnums: hessian needs a tensor"),
+    ],
+)
+def test_arguments_that_do_not_fit(point, call, message):
+    with pytest.raises(fomoh_fx.ArgumentError, match=message):
+        call(point[0])
