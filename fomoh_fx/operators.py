@@ -15,6 +15,8 @@ library.define("with_value(Tensor x, Tensor value) -> Tensor")
 library.impl("stop_gradient", lambda x: x.clone(), "CompositeExplicitAutograd")
 library.impl("with_value", lambda x, value: value.clone(), "CompositeExplicitAutograd")
 
+torch.library.register_vmap("fomoh_fx::stop_gradient", lambda info, dims, x: (x.clone(), dims[0]), lib=library)
+
 
 def _stop_gradient_under_autograd(x: Tensor) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():

@@ -144,9 +144,17 @@ def explained(node: fx.Node, reason: str) -> str:
     """The text of an error about a node: the operator, the reason, the user's line, what to do."""
     name = spelled(node.target)
     has_rule = not reason.startswith("no rule")
-    registers = f"fomoh_fx.register_rule({name}, rule) gives it a rule"
-    advice = ADVICE if has_rule and has_sizes_from_data(node) else registers
+    advice = f"fomoh_fx.register_rule({name}, rule) gives it a rule"
+    if has_rule and has_sizes_from_data(node):
+        advice = ADVICE
+    elif has_rule and len(dtypes := _floating_dtypes(node)) > 1:
+        advice = f"its arguments are of {' and '.join(dtypes)}, which PyTorch itself may refuse: cast them to one (.to)"
     return f"operator {name}: {reason}{_where(node)}\n  {advice}"
+
+
+def _floating_dtypes(node: fx.Node) -> list[str]:
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    return sorted({str(x.dtype) for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()})
 
 
 def failed(node: fx.Node, what: str, error: Exception) -> str:

@@ -363,3 +363,11 @@ def test_operator_without_a_rule(library: Any) -> None:
 def test_operator_without_a_rule_where_nothing_is_active(library: Any) -> None:
     out = transform(lambda x, y: (x * library.shift(y)).sum(), wrt="inputs")(X, X, tangents=(torch.ones(1, 4, 3), None))
     assert out.primal == 24 and out.tangent[0] == 24 and out.cross[0] == 0
+
+
+def test_dtypes_that_do_not_fit() -> None:
+    """A rule would not help."""
+    a, b = torch.ones(2, 2), torch.ones(2, 2, dtype=torch.float64)
+    with pytest.raises(UnsupportedOpError, match=r"torch\.float32 and torch\.float64.*cast them to one") as raised:
+        transform(torch.mm, wrt="inputs")(a, b, tangents=(a.unsqueeze(0), b.unsqueeze(0)))
+    assert "register_rule" not in str(raised.value)

@@ -672,3 +672,21 @@ def test_what_was_asked_for_stays():
     for name, value in {"second_order": "trace", "curvature": "ggn", "wrt": "parameters", "first_order": False}.items():
         with pytest.raises(fomoh_fx.ArgumentError, match=f"^{name}: "):
             setattr(hd, name, value)
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, Tensor.detach])
+def test_functional_call(kind):
+    """With parameters of another place, which may be plain tensors, as ``torch.func`` has them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    hd = fomoh_fx.transform(model, lambda y: y.square().sum())
+    x = torch.randn(5, 3, dtype=torch.float64)
+    tangents = {name: torch.randn(1, *p.shape, dtype=p.dtype) for name, p in model.named_parameters()}
+    for factor in (2.0, 3.0):
+        given = {name: kind(p.detach() * factor) for name, p in model.named_parameters()}
+        found = torch.func.functional_call(hd, given, (x,), {"tangents": tangents})
+        other = copy.deepcopy(model)
+        other.load_state_dict(given)
+        expected = fomoh_fx.transform(other, lambda y: y.square().sum())(x, tangents=tangents)
+        torch.testing.assert_close(found.tangent, expected.tangent)
+        torch.testing.assert_close(found.cross, expected.cross)

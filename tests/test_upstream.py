@@ -172,3 +172,26 @@ def test_nested_forward_mode_is_wrong_on_a_transformer_encoder() -> None:
     out = hd(x, tangents={name: v.unsqueeze(0) for name, v in directions.items()}, targets=())
     assert relative_error(out.tangent, slope) < 1e-8
     assert relative_error(out.cross, truth[0]) < 1e-8
+
+
+def test_third_derivatives_of_layer_norm_by_reverse_mode():
+    """Second derivatives of a gradient taken inside a model: PyTorch's are not even symmetric, here they are exact."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, dtype=torch.float64, generator=draw) for shape in ((2, 4), (4,)))
+    v = torch.randn(2, 2, 4, dtype=torch.float64, generator=draw)
+
+    def with_gradient(norm):
+        def scalar(x):
+            return torch.autograd.grad(norm(x).sin().sum(), x, create_graph=True)[0].cos().sum()
+
+        return scalar
+
+    def written_out(x):
+        variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+        return (x - mean) / (variance + 1e-5).sqrt() * weight
+
+    _, _, wrong = reverse_over_reverse(with_gradient(lambda x: F.layer_norm(x, (4,), weight)), [x], [v])
+    _, _, right = reverse_over_reverse(with_gradient(written_out), [x], [v])
+    assert relative_error(wrong, right) > 1e-3
+    hd = fomoh_fx.transform(with_gradient(lambda x: F.layer_norm(x, (4,), weight)), wrt="inputs")
+    assert relative_error(hd(x, tangents=(v,)).hessian(), right) < 1e-10

@@ -11,7 +11,7 @@ import re
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from operator import attrgetter
@@ -38,7 +38,7 @@ from fomoh_fx.capture.dimensions import marks_kept, refusals
 from fomoh_fx.capture.draws import refuse_drawn
 from fomoh_fx.capture.known import fold_known
 from fomoh_fx.capture.layouts import note_layouts
-from fomoh_fx.capture.leaks import refuse_kept
+from fomoh_fx.capture.leaks import is_a_users, refuse_kept
 from fomoh_fx.capture.literals import known_literals
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.program import Call, Input, Output, Program, Root
@@ -264,9 +264,18 @@ def _raise_what_was_caught(root: Root) -> None:
     """A model that catches a frontend's refusal went on as it would not with numbers."""
     semantics = root.observed.semantics
     assert semantics is not None
-    caught, semantics.refusal = semantics.refusal, None
+    by_users = (error for error in semantics.undecided if _is_caught_by_a_user(error))
+    caught = semantics.refusal or next(by_users, None)
+    semantics.refusal = None
+    semantics.undecided.clear()
     if caught is not None:
         raise caught
+
+
+def _is_caught_by_a_user(error: Exception) -> bool:
+    """Where an error was caught is the first frame of its traceback."""
+    trace = error.__traceback__
+    return trace is not None and is_a_users(trace.tb_frame.f_globals.get("__name__"))
 
 
 def _note_assignments(program: Program, root: Root, names: Sequence[str]) -> None:
@@ -513,6 +522,7 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
         exported = torch.export.export(root, tensors, strict=False, dynamic_shapes=shapes)
     for node in exported.graph_module.graph.find_nodes(op="placeholder"):
         node.meta.pop("custom", None)  # where Dynamo captured a branch, it names itself, and then refuses another name
+    _refuse_wrapped(exported.constants.values())
     keeps_draws = inductor_config.patch(fallback_random=True)  # unused ones, too, as the model draws them
     with _views_in_any_layout(), keeps_draws:
         exported = decomposed(exported, whole=[*RULES, *COMPOSITES, aten.detach.default])
@@ -547,6 +557,13 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
     return Program(exported.graph_module, inputs, outputs, structure, "torch.export")
 
 
+def _refuse_wrapped(constants: Iterable[Any]) -> None:
+    """Of a transform (``torch.func.grad``) that is over: PyTorch's decompositions may crash the process."""
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if any(isinstance(constant, Tensor) and is_wrapped(constant) for constant in constants):
+        raise NotImplementedError("torch.export makes the argument of a function transform a constant")
+
+
 def _views_in_any_layout() -> Any:
     """Let a view be a copy: what a change in place becomes may be laid out so that it has no view (reshape follows)."""
     table = fake_impls.op_implementations_dict
@@ -563,7 +580,7 @@ def _state(root: Root, target: str) -> Input:
         return Input("constant", target, tensor=tensor)
     parent, _, attribute = target.rpartition(".")
     module = root.get_submodule(parent)
-    is_parameter = isinstance(getattr(module, attribute), nn.Parameter)
+    is_parameter = attribute in module._parameters  # under functional_call also a plain tensor
     kind: Literal["parameter", "buffer"] = "parameter" if is_parameter else "buffer"
     return Input(kind, target.removeprefix("model."), module=module, attribute=attribute)
 

@@ -18,9 +18,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._dynamo import _trace_wrapped_higher_order_op as scalar_indexing
+from torch._functorch import eager_transforms
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -61,9 +63,43 @@ def _call_under_transforms(function: type[torch.autograd.Function], *args: Any, 
     return _UNDER_TRANSFORMS(function, *args, **kwargs)
 
 
+_FORWARD_JACOBIAN = eager_transforms.jacfwd
+
+
+def _noted(kind: type[Exception], made: list[Exception]) -> Any:
+    """Every error of this kind that is made is added to the list."""
+    initialise = kind.__init__
+
+    def noted(error: Exception, *args: Any, **kwargs: Any) -> None:
+        initialise(error, *args, **kwargs)
+        made.append(error)
+
+    return patch.object(kind, "__init__", noted)
+
+
+def _outer_jacobian(function: Callable[..., Any], argnums: Any = 0) -> Callable[..., Any]:
+    """The outer one of ``torch.func.hessian``: under vmap PyTorch traces reverse mode over reverse mode only."""
+
+    def jacobian(*args: Any) -> Any:
+        transforms = torch._C._functorch.get_interpreter_stack() or ()
+        is_batched = any(t.key() == torch._C._functorch.TransformType.Vmap for t in transforms)
+        of = eager_transforms.jacrev if is_batched else _FORWARD_JACOBIAN
+        return of(function, argnums)(*args)
+
+    return jacobian
+
+
 _STOPS = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 _GRAD_MODE = {torch._C._set_grad_enabled}
 _IS_LEAF = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
+#: Outside of PyTorch, where a tensor without data fails in its own way.
+_READ_NUMBERS = {
+    torch.Tensor.numpy,
+    torch.Tensor.tolist,
+    torch.Tensor.__array__,
+    torch.Tensor.__format__,
+}
+_READ_MEMORY = {torch.Tensor.data_ptr, torch.Tensor.__dlpack__}  # of which one without data may give any
 _GRADIENTS = {torch.Tensor.grad.__get__, torch.Tensor._grad.__get__}  # type: ignore[attr-defined,union-attr]
 _ASK_FOR_GRADIENT = {torch.Tensor.requires_grad.__get__, _IS_LEAF}  # type: ignore[attr-defined]
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
@@ -100,6 +136,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         names: of tensors from before the run, and of what stands for them, by identity.
         leaves: inputs with tangents, which are no leaves while they are captured, so that the model may change them.
         refusal: what tells the frontend that the model cannot be captured, which the model itself may catch.
+        undecided: errors because of a number that is not known, which the model itself may catch, or PyTorch.
         has_denied: whether the model has asked a tensor for a gradient of it, and been told that there is none.
         asks_for_offset: whether the model has asked where in its storage a tensor begins.
     """
@@ -117,6 +154,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         self.made: list[weakref.ref[Tensor]] = []
         self.has_denied = False
         self.refusal: Exception | None = None
+        self.undecided: list[Exception] = []
         self.asks_for_offset = False
         self._aliases = Aliases(self._remember)
         self._shared: list[list[tuple[weakref.ref[Tensor], int]]] = []  # of one memory after x.data = y, with versions
@@ -132,6 +170,8 @@ class ReverseModeSemantics(TorchFunctionMode):
         self._patches.enter_context(
             patch.object(torch.autograd.function, "custom_function_call", _call_under_transforms)
         )
+        self._patches.enter_context(patch.object(eager_transforms, "jacfwd", _outer_jacobian))
+        self._patches.enter_context(_noted(GuardOnDataDependentSymNode, self.undecided))
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
@@ -147,8 +187,9 @@ class ReverseModeSemantics(TorchFunctionMode):
         self._aliases.follow()  # a custom Function may have changed something since the last call
         try:
             result = self._call(func, args, kwargs or {})
-        except (*DECIDED_BY_DATA, FomohError) as error:
-            self.refusal = error
+        except Exception as error:
+            if isinstance(error, (*DECIDED_BY_DATA, FomohError)) or func in _READ_NUMBERS:
+                self.refusal = error
             raise
         self._aliases.follow()
         results = result if isinstance(result, (tuple, list)) else (result,)
@@ -177,6 +218,11 @@ class ReverseModeSemantics(TorchFunctionMode):
             )
         if func == _IS_LEAF and any(args[0] is leaf for leaf in self.leaves):
             return True
+        if func in _READ_MEMORY and not is_real(args[0]):
+            raise CaptureError(
+                f"model: reads the memory of a tensor (.{func.__name__}()) while it runs, and a graph has none; use "
+                "torch functions, or make an operator of it (torch.library.custom_op)"
+            )
         func = traceable(func, args)
         if func == torch.Tensor.requires_grad.__set__ and args[0].requires_grad and args[1]:  # type: ignore[attr-defined]
             return None  # which only leaves allow, and here an input with a tangent is none

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,14 +41,64 @@ def gradient(x):
     return (z.grad.square() * x).sum()
 
 
+def item(x):
+    try:
+        return x.sin().sum() if x.sum().item() > 0 else x.cos().sum()
+    except Exception:
+        return x.tanh().sum()
+
+
+def size(x):
+    count = 1
+    with contextlib.suppress(Exception):
+        count = int(x[x > 0].shape[0] > 2)
+    return x.sin().sum() * count
+
+
+def array(x):
+    try:
+        factor = float(np.asarray(x.detach()).sum())
+    except Exception:
+        factor = 1.0
+    return x.sin().sum() * factor
+
+
+def text(x):
+    try:
+        digits = len(f"{x[0]:.3f}")
+    except TypeError:
+        digits = 1
+    return x.sin().sum() * digits
+
+
 def second(function):
     x = torch.ones(6, dtype=torch.float64)
     return fomoh_fx.transform(function, wrt="inputs")(x, tangents=(torch.ones(1, 6, dtype=torch.float64),))
 
 
-@pytest.mark.parametrize("function", [branch, number, boolean])
+@pytest.mark.parametrize("function", [branch, number, boolean, item, size])
 def test_data_that_decide(function):
     with pytest.raises(CaptureError, match="values of tensors decide"):
+        second(function)
+
+
+@pytest.mark.parametrize("function", [array, text])
+def test_numbers_outside_of_torch(function):
+    with pytest.raises(CaptureError, match="no frontend could capture"):
+        second(function)
+
+
+@pytest.mark.parametrize("read", [lambda x: np.from_dlpack(x.detach()).sum(), lambda x: x.data_ptr() % 7])
+def test_memory(read):
+    """Of a tensor without data it would be any number."""
+
+    def function(x):
+        try:
+            return x.sin().sum() * float(read(x))
+        except Exception:
+            return x.cos().sum()
+
+    with pytest.raises(CaptureError, match="reads the memory of a tensor"):
         second(function)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import jvp, vmap
+from torch.func import grad, hessian, jvp, vmap
 from torch.nn import functional as F
 
 import fomoh_fx
@@ -44,6 +44,8 @@ FUNCTIONS = {
         lambda x: jvp(lambda z: (z * torch.ones(4, dtype=D)).sin(), (x,), (x.cos(),))[1],
         r(3, 4),
     ),
+    "the Hessian of each sample": (lambda x: vmap(hessian(lambda z: z.sin().prod()))(x), r(2, 3)),
+    "the gradient of a bounded function": (lambda x: grad(lambda z: (F.hardtanh(z) * z.sin()).sum())(x), r(3, 4)),
     "outputs named as another node": (lambda x: x.median(1)[0] * x.median(), r(3, 4)),
 }
 
