@@ -117,6 +117,10 @@ class ActivityGradient:
         self._specializations: Cache[_Specialization] = Cache()
         self._latest: _Specialization | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy specialises itself anew, as a copy of ``hd`` does."""
+        return {**self.__dict__, "_specializations": Cache(), "_latest": None}
+
     def __call__(
         self,
         args: tuple[Any, ...],

@@ -258,15 +258,38 @@ class ForwardOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The groups, the directions' random state, the numbers of skipped and refused steps, and the steps' length."""
         counts = {"skipped": self.skipped, "refused": self.refused, "length": self._length}
-        return {**super().state_dict(), "directions": self.directions.state_dict(), **counts}
+        of = {"optimizer": self._kind()}
+        return {**super().state_dict(), **of, "directions": self.directions.state_dict(), **counts}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on exactly where ``state_dict`` was taken."""
+        """Go on exactly where ``state_dict`` was taken.
+
+        Raises:
+            ArgumentError: it is of another optimizer, of another kind of directions, or of other parameters.
+        """
+        self._refuse_foreign(state_dict)
         super().load_state_dict(dict(state_dict))
         self.directions.load_state_dict(state_dict["directions"])
         self._skipped.restore(state_dict["skipped"])
         self._refused = torch.tensor(state_dict["refused"])
         self._length = torch.as_tensor(state_dict["length"])
+
+    def _kind(self) -> str:
+        return f"{type(self).__name__} with {type(self.directions).__name__}"
+
+    def _refuse_foreign(self, state: Any) -> None:
+        known = isinstance(state, Mapping) and isinstance(state.get("optimizer"), str)
+        if not known or state["optimizer"] != self._kind():
+            what = state["optimizer"] if known else "no state of an optimizer of fomoh_fx"
+            raise ArgumentError(f"state_dict: expected that of {self._kind()}, got {what}")
+        names = [group["param_names"] for group in self.param_groups]
+        others = [group["param_names"] for group in state["param_groups"]]
+        if names != others:
+            raise ArgumentError(f"state_dict: its groups have the parameters {others}, and here there are {names}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, so that a copy can step, with a copy of the model; hooks are left behind, as PyTorch does."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """The parameters that move, by name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class RandomDirections(Directions):
             raise ArgumentError(f"sampler: expected one of {tuple(SAMPLERS)} or a function, got {sampler!r}")
         self.count = count
         self.sampler: Sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
-        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+        self.seed = int(torch.randint(2**62, ())) if seed is None else _whole(seed)
         self.previous_step = previous_step
         self._generators: dict[str, torch.Generator] = {}
         self._previous: Stacks = {}
@@ -105,14 +106,22 @@ class RandomDirections(Directions):
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, the state of each device's generator, and the step before."""
-        states = {device: generator.get_state() for device, generator in self._generators.items()}
-        return {"seed": self.seed, "generators": states, "previous_step": dict(self._previous)}
+        return {
+            "seed": self.seed,
+            "generators": _states(self._generators),
+            "previous_step": dict(self._previous),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.seed, self._previous, self._generators = state["seed"], dict(state["previous_step"]), {}
-        for device, saved in state["generators"].items():
-            self._generators[device] = torch.Generator(device)
-            self._generators[device].set_state(saved.cpu())
+        self.seed, self._previous = state["seed"], dict(state["previous_step"])
+        self._generators = _restored(state["generators"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: a generator has none of its own, its state has."""
+        return {**self.__dict__, "_generators": _states(self._generators)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _generators=_restored(state["_generators"]))
 
     def generator(self, device: torch.device) -> torch.Generator:
         """One stream for each device, no two of them alike."""
@@ -120,3 +129,21 @@ class RandomDirections(Directions):
         if key not in self._generators:
             self._generators[key] = torch.Generator(device).manual_seed(self.seed + len(self._generators))
         return self._generators[key]
+
+
+def _whole(seed: Any) -> int:
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = None
+    if number is None or isinstance(seed, bool) or not -(2**63) <= number < 2**63:
+        raise ArgumentError(f"seed: expected a whole number of 64 bits, or None, got {seed!r}")
+    return number
+
+
+def _states(generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
+    return {device: generator.get_state() for device, generator in generators.items()}
+
+
+def _restored(states: Mapping[str, Tensor]) -> dict[str, torch.Generator]:
+    return {device: torch.Generator(device).set_state(state.cpu()) for device, state in states.items()}

@@ -65,6 +65,10 @@ class PlaneSearch(ForwardOptimizer):
             predicts = ~record.part.isnan().any()  # groups with rates of their own leave the plane
             setattr(self.solver, self.solver.caution, torch.where(predicts, adapted, before.to(adapted)))
 
+    def _kind(self) -> str:
+        adapts = f" and the solver {type(self.solver).__name__}" if isinstance(self.solver, AdaptiveSolver) else ""
+        return super()._kind() + adapts
+
     def state_dict(self) -> dict[str, Any]:
         """With what the solver has learned, where it adapts."""
         solver = {"solver": self.solver.state_dict()} if isinstance(self.solver, AdaptiveSolver) else {}

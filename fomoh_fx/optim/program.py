@@ -56,6 +56,10 @@ class Program:
         _remember(memories, remembered)
         return result
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy traces anew."""
+        return {**self.__dict__, "_programs": {}}
+
     def eager(self, memories: Sequence[Remembering], *arguments: Any) -> Any:
         """The function as it is written."""
         return self.function(*arguments)

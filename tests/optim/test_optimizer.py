@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -384,3 +385,53 @@ def test_groups_with_rates_of_their_own_predict_nothing(solver):
         assert opt.last_step.predicted.isnan() == (rates[0] != rates[1])
         cautions[rates] = (getattr(opt.solver, opt.solver.caution) - before).abs().item()
     assert cautions[0.0, 0.5] == 0 < cautions[0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sampler": "activity"}, {"solver": "trust_region", "sampler": "low_rank"}], ids=str
+)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_go_on_alike(options, copied):
+    """A copy has a copy of the model, and steps as the original does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    optimizer = FoMoHKD(fomoh_fx.transform(model, nn.functional.mse_loss), lr=0.1, **options)
+    optimizer.step(x, targets=(y,))
+    other = copied(optimizer)
+    first = [float(optimizer.step(x, targets=(y,))) for _ in range(3)]
+    assert [float(other.step(x, targets=(y,))) for _ in range(3)] == first
+    for p, q in zip(model.parameters(), other.hd.module.parameters(), strict=True):
+        assert p is not q
+        assert torch.equal(p, q)
+    assert other.param_groups[0]["params"][0] is next(other.hd.module.parameters())
+
+
+@pytest.mark.parametrize("seed", [1.5, "a", 2**70, True])
+def test_seeds_that_are_none(seed):
+    model = nn.Linear(3, 1)
+    with pytest.raises(ArgumentError, match="^seed: expected a whole number"):
+        FoMoHKD(fomoh_fx.transform(model, nn.functional.mse_loss), seed=seed)
+
+
+def test_states_of_others_are_refused():
+    """And leave the optimizer as it was."""
+
+    def made(cls, **options):
+        torch.manual_seed(0)
+        return cls(fomoh_fx.transform(nn.Sequential(nn.Linear(3, 2)), nn.functional.mse_loss), lr=0.1, **options)
+
+    optimizer = made(FoMoHKD, seed=1)
+    before = optimizer.state_dict()
+    named = fomoh_fx.transform(nn.ModuleDict({"a": nn.Linear(3, 2)}), nn.functional.mse_loss)
+    for state, message in (
+        ({}, "no state of an optimizer"),
+        (torch.optim.SGD(optimizer.hd.parameters(), 0.1).state_dict(), "no state of an optimizer"),
+        (made(FGD).state_dict(), "got FGD"),
+        (made(FoMoHKD, sampler="activity").state_dict(), "ActivityDirections"),
+        (made(FoMoHKD, solver="trust_region").state_dict(), "solver"),
+        (FoMoHKD(named, lr=0.1).state_dict(), "parameters"),
+    ):
+        with pytest.raises(ArgumentError, match=f"^state_dict: .*{message}"):
+            optimizer.load_state_dict(state)
+        assert str(optimizer.state_dict()) == str(before)
