@@ -43,23 +43,39 @@ class Block(nn.Module):
     def forward(self, x):
         split = self.query_key_value(self.before_attention(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = split.transpose(1, 3).unbind(2)
-        attended = scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        x = x + self.out(self.attended(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.before_mlp(x))
+
+    def attended(self, q, k, v):
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class OwnPlaceBlock(Block):
+    """The same values, but no derivative in the keys and values of other places."""
+
+    def attended(self, q, k, v):
+        scores = q @ k.detach().mT + torch.diag_embed((q * (k - k.detach())).sum(-1))
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        weights = (scores * q.shape[-1] ** -0.5).masked_fill(later, -torch.inf).softmax(-1)
+        return weights @ v.detach() + weights.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * (v - v.detach())
 
 
 class Transformer(nn.Module):
     """Two blocks over characters."""
 
-    def __init__(self, width=64, heads=4, blocks=2):
+    def __init__(self, width=64, heads=4, blocks=2, block=Block):
         super().__init__()
         self.characters = nn.Embedding(CHARACTERS, width)
         self.places = nn.Parameter(torch.randn(CONTEXT, width) / 10)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(block(width, heads) for _ in range(blocks)))
         self.last, self.head = nn.LayerNorm(width), nn.Linear(width, CHARACTERS)
 
     def forward(self, x):
         return self.head(self.last(self.blocks(self.characters(x) + self.places)))
+
+
+def own_places():
+    return Transformer(block=OwnPlaceBlock)
 
 
 def per_character(outputs, labels):
@@ -97,4 +113,5 @@ TASKS = {
     "mlp": Task(mlp, images, cross_entropy, 20, 2048, (0.1, 0.3, 0.5, 1.0), (0.03, 0.1, 0.3)),
     "cnn": Task(cnn, images, cross_entropy, 5, 512, (0.03, 0.1, 0.2, 0.5), (0.01, 0.03, 0.1)),
     "text": Task(Transformer, text, per_character, 20, 64, (0.1, 0.3, 1.0, 2.0), (0.03, 0.1, 0.3)),
+    "text-own-places": Task(own_places, text, per_character, 12, 64, (), (0.1,)),
 }

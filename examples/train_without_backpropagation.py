@@ -274,6 +274,7 @@ def parsed():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="*", help="of SGD, instead of the task's")
     parser.add_argument("--momentum-rates", type=float, nargs="*", help="of SGD with a momentum of 0.9, likewise")
+    parser.add_argument("--only-backpropagation", action="store_true", help="SGD alone")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each in a process of its own")
     parser.add_argument("--eager", action="store_true", help="do not compile with Inductor")
@@ -297,7 +298,8 @@ def pool(workers):
 def main():
     options = parsed()
     plain, with_momentum = [Method(r) for r in options.rates], [Method(r, 0.9) for r in options.momentum_rates]
-    methods = [Method(), *plain, *with_momentum]
+    forward = [] if options.only_backpropagation else [Method()]
+    methods = [*forward, *plain, *with_momentum]
     runs, costs = [], []
     with pool(options.jobs) as processes:
         work = [processes.submit(train, (m, seed), options) for m in methods for seed in options.seeds]
@@ -306,7 +308,7 @@ def main():
             write(options, methods, runs, costs)
     if not options.no_cost:
         with pool(1) as processes:  # one after the other: each alone
-            costs = list(processes.map(partial(cost, options=options), [Method(), *plain[:1], *with_momentum[:1]]))
+            costs = list(processes.map(partial(cost, options=options), [*forward, *plain[:1], *with_momentum[:1]]))
         same = {kind[0].name: kind for kind in (plain, with_momentum) if kind}
         costs += [c | {"method": m.name} for c in costs for m in same.get(c["method"], [])[1:]]
     rows = write(options, methods, runs, costs)
