@@ -1,11 +1,12 @@
 """Operators that a gradient taken inside a model leaves in its graph, and that PyTorch differentiates no further.
 
-Most backwards are decomposed, or get a rule synthesised. These are linear in the gradient from above, and what they
-were given besides serves for its shape, or decides where something goes, which has no derivative.
+Most backwards are decomposed, or get a rule synthesised. The linear ones here are linear in the gradient from above;
+what they were given besides serves for its shape, or decides where something goes, which has no derivative.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,3 +54,35 @@ def _log_sigmoid_backward(gradient: Tensor, x: Tensor, _buffer: Tensor) -> Tenso
 
 
 register(aten.log_sigmoid_backward.default, Composite(_log_sigmoid_backward))
+
+
+def _distance_slopes(gradient: Tensor, difference: Tensor, distance: Tensor, p: float) -> Tensor:
+    """The gradient in the difference [.., M] through its p-norm, the distance [..]; zero where that is zero."""
+    gradient, distance = gradient.unsqueeze(-1), distance.unsqueeze(-1)
+    sign = difference.sign()
+    if p == 0:
+        return gradient * torch.zeros_like(sign)
+    if p == 1:
+        return gradient * sign
+    if p == math.inf:
+        return gradient * sign * (difference.abs() == distance)
+    flat = distance == 0
+    ratio = difference / torch.where(flat, 1.0, distance)
+    if p == 2:
+        return torch.where(flat, 0.0, gradient * ratio)
+    flat = flat | (difference == 0)
+    return torch.where(flat, 0.0, gradient * sign * torch.where(flat, 1.0, ratio.abs()) ** (p - 1))
+
+
+def _cdist_backward(gradient: Tensor, x: Tensor, w: Tensor, p: float, distance: Tensor) -> Tensor:
+    return _distance_slopes(gradient, x.unsqueeze(-2) - w.unsqueeze(-3), distance, p).sum(-2)
+
+
+def _pdist_backward(gradient: Tensor, x: Tensor, p: float, distance: Tensor) -> Tensor:
+    rows, columns = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device)
+    slopes = _distance_slopes(gradient, x.index_select(0, rows) - x.index_select(0, columns), distance, p)
+    return torch.zeros_like(x).index_add(0, rows, slopes).index_add(0, columns, -slopes)
+
+
+register(aten._cdist_backward.default, Composite(_cdist_backward))
+register(aten._pdist_backward.default, Composite(_pdist_backward))

@@ -43,6 +43,7 @@ SAMPLES = {
         (lambda x: F.multilabel_soft_margin_loss(x, torch.ones(3, 4, dtype=torch.float64)), (3, 4)),
     ],
 }
+TESTED_OTHERWISE = [aten._cdist_backward.default, aten._pdist_backward.default]
 EACH = [(op, n) for op, samples in SAMPLES.items() for n in range(len(samples))]
 
 
@@ -80,3 +81,65 @@ def test_sample_leaves_the_operator(op, n):
     x = torch.ones(shape, dtype=torch.float64)
     hd.trace(x, tangents=(x.unsqueeze(0),))
     assert hd.stages["capture"].graph.find_nodes(op="call_function", target=op)
+
+
+def pairs(x, p):
+    """The distances of pdist, by operators that reverse mode differentiates as often as one likes."""
+    rows, columns = torch.triu_indices(len(x), len(x), 1)
+    return torch.linalg.vector_norm(x[rows] - x[columns], p, -1)
+
+
+def all_pairs(x, p):
+    """Of cdist, likewise."""
+    return torch.linalg.vector_norm(x.unsqueeze(-2) - (x + 0.3).square().unsqueeze(-3), p, -1)
+
+
+DISTANCES = {
+    "cdist": (lambda x, p: torch.cdist(x, (x + 0.3).square(), p), all_pairs),
+    "pdist": (F.pdist, pairs),
+}
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0, float("inf")])
+@pytest.mark.parametrize("name", DISTANCES)
+def test_forces(name, p):
+    """A function of the gradient of an energy of distances: in PyTorch it has no derivative."""
+    own, written_out = DISTANCES[name]
+
+    def force(distances):
+        def scalar(x):
+            energy = distances(x, p).square().mul(0.3).sin().sum()
+            return torch.autograd.grad(energy, x, create_graph=True)[0].square().sum()
+
+        return scalar
+
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, dtype=torch.float64, generator=draw)
+    v = torch.randn(2, 5, 3, dtype=torch.float64, generator=draw)
+    hd = fomoh_fx.transform(force(own), wrt="inputs")
+    out = hd(x, tangents=(v,))
+    assert hd.stages["capture"].graph.find_nodes(op="call_function", target=getattr(aten, f"_{name}_backward").default)
+    value, tangent, cross = reverse_over_reverse(force(written_out), [x], [v])
+    torch.testing.assert_close(out.primal, value)
+    torch.testing.assert_close(out.tangent, tangent)
+    torch.testing.assert_close(out.hessian(), cross)
+
+
+def test_forces_between_points_that_coincide():
+    """A point's distance to itself has no derivative."""
+
+    def force(x):
+        energy = (torch.cdist(x, x) * 0.7).sin().sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0].square().sum()
+
+    def written_out(x):
+        energy = 2 * (pairs(x, 2.0) * 0.7).sin().sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0].square().sum()
+
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, dtype=torch.float64, generator=draw)
+    v = torch.randn(2, 4, 3, dtype=torch.float64, generator=draw)
+    out = fomoh_fx.transform(force, wrt="inputs")(x, tangents=(v,))
+    _, tangent, cross = reverse_over_reverse(written_out, [x], [v])
+    torch.testing.assert_close(out.tangent, tangent)
+    torch.testing.assert_close(out.hessian(), cross)
