@@ -99,6 +99,12 @@ class HyperDualModule(nn.Module):
             raise ArgumentError("model: is already transformed")
         if loss is not None and not callable(loss):
             raise ArgumentError(f"loss: expected a function of (output, *targets), got {type(loss).__name__}")
+        for name, part in {"model": model, "loss": loss}.items():
+            if isinstance(part, nn.Module) and any(isinstance(m, torch.jit.ScriptModule) for m in part.modules()):
+                raise ArgumentError(
+                    f"{name}: is TorchScript, or has such a part, whose code cannot be captured; give the module that "
+                    "was scripted or traced"
+                )
         if second_order not in SECOND_ORDERS:
             raise ArgumentError(f"second_order: expected one of {SECOND_ORDERS}, got {second_order!r}")
         if curvature not in ("hessian", "ggn"):

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from torch import Tensor, nn
+import torch
+from torch import SymBool, SymFloat, SymInt, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -154,7 +157,12 @@ class Assignments:
             self.watch(module, path)
 
     def watch(self, module: nn.Module, path: str | None = None) -> None:
-        """Watch a module; without a path, only to put its attributes back."""
+        """Watch a module; without a path, only to put its attributes back.
+
+        It may be met inside ``torch.func.functional_call``, which puts back itself what it has exchanged.
+        """
+        if path is None and any(map(_stands_in, (*module.parameters(False), *module.buffers(False)))):
+            return
         for what, table in (("parameter", module._parameters), ("module", module._modules)):
             self._tables.append((module, what, table, dict(table)))
         holder: Any
@@ -177,6 +185,7 @@ class Assignments:
     def __exit__(self, kind: Any, *_: Any) -> None:
         there = [not watched.keys or _is_there(watched) for watched in self._watched]
         self._growing: _Watched | None = None
+        self._unknown: str | None = None
         for watched, is_there in zip(self._watched, there, strict=True):
             made = self._changes(watched)  # which puts back what was before
             if is_there and watched.path is not None:
@@ -188,6 +197,11 @@ class Assignments:
             raise CaptureError(
                 f"model: assigns another {'tensor to a parameter' if what == 'parameter' else 'submodule'} of its "
                 f"{type(module).__name__} while it runs; {advice}"
+            )
+        if self._unknown is not None and kind is None:
+            raise CaptureError(
+                f"model: keeps a number that only the data decide (.item()) in its {self._unknown}, and a graph has no "
+                "numbers; keep the tensor (.detach()) instead, which every call assigns"
             )
         if self._growing is not None and kind is None:
             raise CaptureError(
@@ -206,16 +220,17 @@ class Assignments:
             old, new = before.get(key, _MISSING), holder.get(key, _MISSING)
             if new is old or (not keys and key in STANDARD):
                 continue
+            if symbols := symbolic(new):
+                _restore(holder, key, old)
+                self._refuse_unknown(watched, (*keys, key), symbols)
+                continue
             if type(old) in _NUMBERS and type(new) in _NUMBERS:
                 if keys:  # those of modules are observed as they change
                     self._note_numbers(watched, key, partial(holder.__setitem__, key), old, new)
                 continue
             if not keys and not (has_tensors(new) or has_tensors(old) or type(new) in _FLAGS):
                 continue
-            if old is _MISSING:
-                del holder[key]
-            else:
-                holder[key] = old
+            _restore(holder, key, old)
             if new is _MISSING:
                 found.append(Assignment(path, (*keys, key), "delete"))
             else:
@@ -226,6 +241,10 @@ class Assignments:
         now, before = list(watched.holder), watched.before
         if _are_same(now, before):
             return []
+        if symbols := symbolic(now):
+            _fill(watched.holder, before)
+            self._refuse_unknown(watched, watched.keys, symbols)
+            return []
         if not has_tensors(now) and not has_tensors(before):
             self._note_numbers(watched, None, partial(_fill, watched.holder), before, now)
             return []
@@ -234,6 +253,11 @@ class Assignments:
         if is_longer and getattr(watched.holder, "maxlen", None) is None:
             self._growing = watched
         return [self._taken_out(watched.path, watched.keys, "contents", now, False)]
+
+    def _refuse_unknown(self, watched: _Watched, keys: Keys, symbols: Sequence[Any]) -> None:
+        """Remember to refuse a number that no call of the graph would assign; a size is as it was, like any number."""
+        if any(map(free_unbacked_symbols, symbols)):
+            self._unknown = f"{type(watched.module).__name__}.{written(keys)}"
 
     def _note_numbers(self, watched: _Watched, key: Any, put: Callable[[Any], None], before: Any, after: Any) -> None:
         if before != after:
@@ -277,6 +301,23 @@ def _is_one(leaf: Any, before: Any, tensors: Mapping[str, Tensor]) -> bool:
     if isinstance(leaf, Same):
         return not leaf.is_detached and tensors.get(leaf.name, _MISSING) is before
     return leaf[0] is before or (type(leaf[0]) is type(before) in (*_NUMBERS, *_FLAGS) and leaf[0] == before)
+
+
+def _stands_in(tensor: Tensor) -> bool:
+    """Whether it is a frontend's or a function transform's, in place of a tensor with data."""
+    return isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def symbolic(value: Any) -> list[Any]:
+    """The numbers in a value that stand for a size, or for what only the data decide."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, (SymInt, SymFloat, SymBool))]
+
+
+def _restore(holder: Any, key: Any, old: Any) -> None:
+    if old is _MISSING:
+        del holder[key]
+    else:
+        holder[key] = old
 
 
 def _put_back(table: dict[str, Any], before: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import re
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from operator import attrgetter
@@ -21,16 +21,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx, nn
 from torch._export.utils import _compiling_state_context
+from torch._functorch import predispatch
 from torch._inductor import config as inductor_config
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
-from torch.export import _trace
+from torch.export import ExportedProgram, _trace
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fomoh_fx.capture.assignments import COMPUTED_FROM, Same, remembered
+from fomoh_fx.capture.assignments import COMPUTED_FROM, Same, remembered, symbolic
 from fomoh_fx.capture.constants import argument, candidates, fewer, is_flag
 from fomoh_fx.capture.constructors import constructors_recorded
 from fomoh_fx.capture.counters import refuse_counted
@@ -111,6 +113,7 @@ def _capture(
                 raise outcome
             refuse_kept(made, outcome.structure.others)
             _refuse_fake(outcome)
+            _refuse_without_data(outcome)
             return outcome
         _refuse_remembered(root, tensors)
         foreign += tensors  # capture again with what a closure holds as inputs: its values may change
@@ -329,6 +332,25 @@ def _refuse_fake(program: Program) -> None:
             )
 
 
+def _refuse_without_data(program: Program) -> None:
+    """A value of the graph that is a shape alone, where no input is: PyTorch has lost what it was made of."""
+    if any(map(free_unbacked_symbols, symbolic(program.structure.others))):
+        raise CaptureError(
+            "model: returns a number that only the data decide (.item()), and a graph has no numbers; return the tensor"
+        )
+    graph = program.module.graph
+    lost = [n for n in graph.nodes if isinstance(v := n.meta.get("val"), Tensor) and v.is_meta]
+    if lost:
+        used = ancestors(graph, [n for n in program.results if isinstance(n, fx.Node)])
+        lost = [n for n in lost if n in used]
+    if lost and not any(n.op == "placeholder" for n in lost):
+        where = source_line(lost[0].stack_trace or "")
+        raise CaptureError(
+            "model: PyTorch does not trace the function transforms (torch.func) that it nests"
+            + (f"\n  at {where}" if where else "")
+        )
+
+
 def _ties(program: Program, root: Root) -> list[list[tuple[nn.Module, Keys]]]:
     """The places of each tensor that is an input and has several: the graph reads one of them."""
     inputs = {id(what.value(())) for what in program.inputs if what.module is not None}
@@ -522,7 +544,7 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
         exported = torch.export.export(root, tensors, strict=False, dynamic_shapes=shapes)
     for node in exported.graph_module.graph.find_nodes(op="placeholder"):
         node.meta.pop("custom", None)  # where Dynamo captured a branch, it names itself, and then refuses another name
-    _refuse_wrapped(exported.constants.values())
+    _refuse_transforms(exported)
     keeps_draws = inductor_config.patch(fallback_random=True)  # unused ones, too, as the model draws them
     with _views_in_any_layout(), keeps_draws:
         exported = decomposed(exported, whole=[*RULES, *COMPOSITES, aten.detach.default])
@@ -557,10 +579,16 @@ def _from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progr
     return Program(exported.graph_module, inputs, outputs, structure, "torch.export")
 
 
-def _refuse_wrapped(constants: Iterable[Any]) -> None:
-    """Of a transform (``torch.func.grad``) that is over: PyTorch's decompositions may crash the process."""
+def _refuse_transforms(exported: ExportedProgram) -> None:
+    """Function transforms that PyTorch's decompositions lose or crash the process on; make_fx traces through them.
+
+    These are forward mode inside the model, whose outer levels may vanish, and what a transform that is over
+    (``torch.func.grad``) has left as a constant.
+    """
+    if exported.graph.find_nodes(op="call_function", target=predispatch._make_dual):
+        raise NotImplementedError("torch.export does not keep forward mode inside a model")
     is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if any(isinstance(constant, Tensor) and is_wrapped(constant) for constant in constants):
+    if any(isinstance(constant, Tensor) and is_wrapped(constant) for constant in exported.constants.values()):
         raise NotImplementedError("torch.export makes the argument of a function transform a constant")
 
 

@@ -87,6 +87,8 @@ def _name(holder: Any, held: Sequence[Any]) -> str | None:
     if isinstance(holder, FunctionType):
         return f"a variable of the function {holder.__qualname__}" if is_a_users(holder.__module__) else None
     if isinstance(holder, dict):
+        if isinstance(holder.get("__module__"), str) and "__doc__" in holder and is_a_users(holder["__module__"]):
+            return f"an attribute of a class of {holder['__module__']}"
         module = holder.get("__name__")
         if not isinstance(module, str) or "__builtins__" not in holder or not is_a_users(module):
             return None
@@ -114,5 +116,6 @@ def _remove(tensors: Sequence[Tensor]) -> None:
             holder.clear()
             holder.extend(left)
         elif type(holder) is dict and "__builtins__" not in holder:  # a global variable needs to be there
+            classes = [cls for cls in gc.get_referrers(holder) if isinstance(cls, type)]
             for key in [key for key, value in holder.items() if id(value) in ids]:
-                del holder[key]
+                delattr(classes[0], key) if classes else holder.__delitem__(key)

@@ -89,7 +89,15 @@ def _outer_jacobian(function: Callable[..., Any], argnums: Any = 0) -> Callable[
     return jacobian
 
 
+def _refuse_linearize(*_: Any, **__: Any) -> Any:
+    raise CaptureError(
+        "model: calls torch.func.linearize, which computes the values at its point as constants, so that their "
+        "derivatives would be lost; call torch.func.jvp, which computes the same"
+    )
+
+
 _STOPS = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+_COPIES = {torch.Tensor.__deepcopy__, torch.nn.Parameter.__deepcopy__}
 _GRAD_MODE = {torch._C._set_grad_enabled}
 _IS_LEAF = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
 #: Outside of PyTorch, where a tensor without data fails in its own way.
@@ -171,6 +179,7 @@ class ReverseModeSemantics(TorchFunctionMode):
             patch.object(torch.autograd.function, "custom_function_call", _call_under_transforms)
         )
         self._patches.enter_context(patch.object(eager_transforms, "jacfwd", _outer_jacobian))
+        self._patches.enter_context(patch.object(eager_transforms, "lazy_dynamo_disallow", _refuse_linearize))
         self._patches.enter_context(_noted(GuardOnDataDependentSymNode, self.undecided))
         return super().__enter__()
 
@@ -238,6 +247,9 @@ class ReverseModeSemantics(TorchFunctionMode):
             self._remember(args[0])
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             return self._set_data(*args)
+        if func in _COPIES:  # as of a leaf, which is another leaf
+            with torch.no_grad():
+                return args[1].setdefault(id(args[0]), stopped(args[0]).requires_grad_(args[0].requires_grad))
         if func in _STOPS:
             return self._aliases.of(args[0])
         if func in _RENORMALISE and (bound := _bound(func, args, kwargs)).arguments["max_norm"] is not None:

@@ -1,4 +1,4 @@
-"""Operators that a gradient taken inside a model leaves in its graph, and that PyTorch differentiates no further.
+"""Operators that a derivative taken inside a model leaves in its graph, and that PyTorch differentiates no further.
 
 Most backwards are decomposed, or get a rule synthesised. The linear ones here are linear in the gradient from above;
 what they were given besides serves for its shape, or decides where something goes, which has no derivative.
@@ -86,3 +86,11 @@ def _pdist_backward(gradient: Tensor, x: Tensor, p: float, distance: Tensor) -> 
 
 register(aten._cdist_backward.default, Composite(_cdist_backward))
 register(aten._pdist_backward.default, Composite(_pdist_backward))
+
+
+def _zero_tangent(tangent: Tensor, x: Tensor, *, self_num_batch_dims: int = 0) -> Tensor:
+    """Zeros in which forward mode keeps a tangent of x."""
+    return tangent.new_zeros(*tangent.shape[:self_num_batch_dims], *x.shape)
+
+
+register(aten._new_zeros_with_same_feature_meta.default, Composite(_zero_tangent))

@@ -36,11 +36,14 @@ class Formula:
         first: the first derivatives, given where the derived ones would overflow or cancel, in terms of the arguments
             and of the output y; None for an argument in which no derivative exists.
         second: the second derivatives (0,0), (0,1), .. (1,1), .., given in terms of y and of the first ones dx, dw, ..
+        steep: whether a derivative is infinite where the value is finite. A component of zero stays zero there, as in
+            reverse mode behind a mask: ``x.relu().sqrt()`` has no NaN where x is negative.
     """
 
     expression: str
     first: tuple[str | None, ...] | None = None
     second: tuple[str, ...] | None = None
+    steep: bool = False
 
     @cached_property
     def arity(self) -> int:

@@ -72,16 +72,17 @@ def expand(formula: Formula, op: Any, components: Components, y: Tensor, operand
         stacked = getattr(operands[n], part)
         return None if stacked is None else align(stacked, operands[n].primal, y.ndim)
 
+    times = _steep_times if formula.steep and not any(map(_is_smooth_power, known[1:])) else _times
     tangents = {n: of(n, "tangent") for n in active}
-    tangent = add(*(_times(partial.get((n,)), tangents[n]) for n in active))
+    tangent = add(*(times(partial.get((n,)), tangents[n]) for n in active))
     cross = None
     if components.second_order is not None:
-        cross = add(*(_times(partial.get((n,)), of(n, "cross")) for n in active))
+        cross = add(*(times(partial.get((n,)), of(n, "cross")) for n in active))
         for n, m in (pair for pair in partials.wanted if len(pair) == 2):
             x, w = tangents[n], tangents[m]
             if x is not None and w is not None:
                 pairs = components.square(x) if n == m else components.product(torch.mul, x, w)
-                cross = add(cross, _times(partial[n, m], pairs))
+                cross = add(cross, times(partial[n, m], pairs))
     return HyperDual(y, tangent, cross)
 
 
@@ -111,6 +112,19 @@ def _times(factor: Any, component: Tensor | None) -> Tensor | None:
     if isinstance(factor, (int, float)):  # not a number that is known at run time only
         return component if factor == 1 else -component if factor == -1 else component * factor
     return factor * component
+
+
+def _steep_times(factor: Any, component: Tensor | None) -> Tensor | None:
+    """The same, and zero where the component is zero, whatever the factor is."""
+    product = _times(factor, component)
+    if product is None or component is None or not isinstance(factor, Tensor):
+        return product
+    return torch.where(component == 0, 0.0, product)
+
+
+def _is_smooth_power(exponent: Any) -> bool:
+    """Whether no derivative of x**exponent is infinite where the value is finite."""
+    return isinstance(exponent, (int, float)) and (exponent >= 2 or exponent in (0, 1) or exponent < 0)
 
 
 def gated(gate: Callable[..., Tensor]) -> Rule:
@@ -155,7 +169,7 @@ _OFF_POLE = _cases("0, Eq(x, 0)", "y")
 ROWS: dict[Any, str | Formula] = {
     # powers, exponentials, logarithms
     aten.square.default: "x**2",
-    aten.sqrt.default: "sqrt(x)",
+    aten.sqrt.default: Formula("sqrt(x)", steep=True),
     aten.rsqrt.default: "1/sqrt(x)",
     aten.reciprocal.default: "1/x",
     aten.exp.default: "exp(x)",
@@ -170,14 +184,14 @@ ROWS: dict[Any, str | Formula] = {
     aten.sin.default: "sin(x)",
     aten.cos.default: "cos(x)",
     aten.tan.default: "tan(x)",
-    aten.asin.default: Formula("asin(x)", ("1/sqrt((1 - x)*(1 + x))",), ("x*dx**3",)),
-    aten.acos.default: Formula("acos(x)", ("-1/sqrt((1 - x)*(1 + x))",), ("x*dx**3",)),
+    aten.asin.default: Formula("asin(x)", ("1/sqrt((1 - x)*(1 + x))",), ("x*dx**3",), steep=True),
+    aten.acos.default: Formula("acos(x)", ("-1/sqrt((1 - x)*(1 + x))",), ("x*dx**3",), steep=True),
     aten.atan.default: "atan(x)",
     aten.sinh.default: "sinh(x)",
     aten.cosh.default: "cosh(x)",
     aten.tanh.default: "tanh(x)",
     aten.asinh.default: "asinh(x)",
-    aten.acosh.default: Formula("acosh(x)", ("1/(sqrt(x - 1)*sqrt(x + 1))",), ("-x*dx**3",)),
+    aten.acosh.default: Formula("acosh(x)", ("1/(sqrt(x - 1)*sqrt(x + 1))",), ("-x*dx**3",), steep=True),
     aten.atanh.default: Formula("atanh(x)", ("1/((1 - x)*(1 + x))",), ("2*x*dx**2",)),
     aten.sinc.default: Formula(
         "sin(pi*x)/(pi*x)",
@@ -208,7 +222,7 @@ ROWS: dict[Any, str | Formula] = {
     aten.special_ndtr.default: Formula("erfc(-x/sqrt(2))/2", ("exp(-x**2/2)/sqrt(2*pi)",)),
     aten.special_log_ndtr.default: Formula("", ("sqrt(2/pi)/erfcx(-x/sqrt(2))",), ("-dx*(x + dx)",)),
     aten.special_ndtri.default: "ndtri(x)",
-    aten.special_entr.default: Formula("-x*log(x)", ("-log(x) - 1",)),
+    aten.special_entr.default: Formula("-x*log(x)", ("-log(x) - 1",), steep=True),
     aten.lgamma.default: "lgamma(x)",
     aten.digamma.default: "polygamma(0, x)",
     aten.polygamma.default: Formula("polygamma(x, w)", (None, "polygamma(x + 1, w)")),
@@ -291,9 +305,9 @@ ROWS: dict[Any, str | Formula] = {
     (
         aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar,
         aten.float_power.Tensor_Scalar, aten.float_power.Tensor_Tensor, aten.float_power.Scalar,
-    ): "power(x, w)",
+    ): Formula("power(x, w)", steep=True),
     aten.ldexp.Tensor: "x*2**w",
-    aten.hypot.default: Formula("sqrt(x**2 + w**2)", ("x/y", "w/y"), ("dw**2/y", "-dx*dw/y", "dx**2/y")),
+    aten.hypot.default: Formula("sqrt(x**2 + w**2)", ("x/y", "w/y"), ("dw**2/y", "-dx*dw/y", "dx**2/y"), steep=True),
     aten.atan2.default: Formula(
         "atan2(x, w)", ("w*inverse(x**2 + w**2)", "-x*inverse(x**2 + w**2)"), ("2*dx*dw", "dw**2 - dx**2", "-2*dx*dw")
     ),
@@ -306,10 +320,10 @@ ROWS: dict[Any, str | Formula] = {
         ("log(2)*dx*dw", "-log(2)*dx*dw", "log(2)*dx*dw"),
     ),
     (aten.xlogy.Tensor, aten.xlogy.Scalar_Other, aten.xlogy.Scalar_Self): Formula(
-        "x*log(w)", (_cases("0, Eq(x, 0) & (w <= 0)", "log(w)"), "x/w")
+        "x*log(w)", (_cases("0, Eq(x, 0) & (w <= 0)", "log(w)"), "x/w"), steep=True
     ),
     (aten.special_xlog1py.default, aten.special_xlog1py.other_scalar, aten.special_xlog1py.self_scalar): Formula(
-        "x*log1p(w)", (_cases("0, Eq(x, 0) & (w <= -1)", "log1p(w)"), "x/(1 + w)")
+        "x*log1p(w)", (_cases("0, Eq(x, 0) & (w <= -1)", "log1p(w)"), "x/(1 + w)"), steep=True
     ),
 }  # fmt: skip
 

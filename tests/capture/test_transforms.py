@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import grad, hessian, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jvp, linearize, vmap
 from torch.nn import functional as F
 
 import fomoh_fx
@@ -16,6 +16,7 @@ def r(*shape):
 
 
 W, B = r(3, 2, 3), r(3)
+STEP, OUT = r(3, 4), r(4, 2)
 
 
 def positive(z):
@@ -46,6 +47,25 @@ FUNCTIONS = {
     ),
     "the Hessian of each sample": (lambda x: vmap(hessian(lambda z: z.sin().prod()))(x), r(2, 3)),
     "the gradient of a bounded function": (lambda x: grad(lambda z: (F.hardtanh(z) * z.sin()).sum())(x), r(3, 4)),
+    "forward mode twice": (
+        lambda x: jvp(lambda y: jvp(lambda z: F.silu(z) @ OUT, (y,), (STEP,))[1], (x,), (STEP,))[1],
+        r(3, 4).flip(0),
+    ),
+    "forward mode twice, of logsigmoid": (
+        lambda x: jvp(lambda y: jvp(F.logsigmoid, (y,), (STEP,))[1], (x,), (STEP,))[1],
+        r(3, 4).flip(0),
+    ),
+    "an expanded tangent": (lambda x: jvp(torch.sin, (x,), (STEP[0].expand(3, 4),))[1], r(3, 4)),
+    "rows as point and tangent": (lambda x: jvp(torch.sin, (x[0],), (x[1],))[1], r(3, 4)),
+    "the Jacobian of each row": (lambda x: torch.stack([jacfwd(lambda z: (z @ OUT).sin())(z) for z in x]), r(3, 4)),
+    "the Hessian of each sample of a network": (
+        lambda x: vmap(hessian(lambda z: F.silu(z @ STEP).square().sum()))(x),
+        r(2, 3),
+    ),
+    "the Hessian of squares of each sample": (
+        lambda x: vmap(hessian(lambda z: (z * z).sum()))(x).sum() * x.prod(),
+        r(2, 3),
+    ),
     "outputs named as another node": (lambda x: x.median(1)[0] * x.median(), r(3, 4)),
 }
 
@@ -79,3 +99,9 @@ def test_a_refusal_inside_a_transform_leaves_it():
         fomoh_fx.transform(function, wrt="inputs")(r(3), tangents=(r(1, 3),))
     assert torch.zeros(3).requires_grad_().requires_grad
     torch.testing.assert_close(jvp(torch.sin, (r(3),), (r(3),))[1], r(3).cos() * r(3))
+
+
+def test_linearize_is_refused():
+    """PyTorch folds what depends on the point alone into constants."""
+    with pytest.raises(CaptureError, match=r"linearize.*torch\.func\.jvp"):
+        fomoh_fx.transform(lambda x: linearize(torch.sin, x)[1](r(3)), wrt="inputs")(r(3), tangents=(r(1, 3),))

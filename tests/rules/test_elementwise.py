@@ -10,12 +10,14 @@ import pytest
 import sympy
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import fomoh_fx
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.rules.derivation import Formula, derive
 from fomoh_fx.rules.registry import RULES
+from tests.oracle import reverse_over_reverse
 from tests.rules.checking import Sample, check
 
 aten = torch.ops.aten
@@ -625,3 +627,54 @@ def test_import_derives_nothing():
     code = "from fomoh_fx.rules.derivation import derive, parse; print(derive.cache_info(), parse.cache_info())"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert printed.count("currsize=0") == 2
+
+
+#: Behind a mask, where the slope of the function after it is infinite: there reverse mode has zero, not a NaN.
+MASKED = {
+    "relu, sqrt": lambda x: x.relu().sqrt(),
+    "clamp, sqrt": lambda x: x.clamp(min=0).sqrt(),
+    "where, sqrt": lambda x: torch.where(x < 0, 0.0, x).sqrt(),
+    "masked_fill, sqrt": lambda x: x.masked_fill(x < 0, 0).sqrt(),
+    "pad, sqrt": lambda x: F.pad(x * x, (1, 1)).sqrt(),
+    "nodes without edges": lambda x: x.new_zeros(5).index_add(0, torch.tensor([0, 1, 0]), x * x).sqrt(),
+    "triangle, power": lambda x: (x.expand(3, 3) ** 2).tril().pow(0.5),
+    "relu, power below two": lambda x: x.relu() ** 1.5,
+    "relu, powers": lambda x: x.relu() ** torch.tensor([0.5, 0.5, 1.5], dtype=x.dtype),
+    "xlogy": lambda x: torch.xlogy(x.relu(), x.relu()),
+    "xlog1py": lambda x: torch.special.xlog1py(x.relu(), x.relu() - 1),
+    "entr": lambda x: torch.special.entr(x.relu()),
+    "hypot": lambda x: torch.hypot(x.relu(), x.relu()),
+    "asin": lambda x: x.clamp(-1, 1).asin(),
+    "acos": lambda x: x.clamp(-1, 1).acos(),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_no_nan_behind_a_mask(name):
+    def function(x):
+        return (MASKED[name](x) * 1.3).sin().sum()
+
+    x = torch.tensor([0.3, -1.2, 0.7], dtype=torch.float64)
+    v = torch.tensor([[1.0, 0.5, -2.0], [0.3, -1.0, 1.0]], dtype=torch.float64)
+    _, tangent, cross = reverse_over_reverse(function, [x], [v])
+    assert cross.isfinite().all()
+    out = fomoh_fx.transform(function, wrt="inputs")(x, tangents=(v,))
+    torch.testing.assert_close(out.tangent, tangent)
+    torch.testing.assert_close(out.hessian(), cross)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: F.lp_pool1d(F.relu(-x.abs())[None], 2, 3), lambda x: x.clamp(min=1).acosh()]
+)
+def test_a_constant_behind_a_mask(function):
+    """Where reverse mode has a NaN, at second order at least, though the function does not change."""
+    x = torch.tensor([0.3, -1.2, 0.7], dtype=torch.float64)
+    out = fomoh_fx.transform(function, wrt="inputs")(x, tangents=(torch.ones(1, 3, dtype=torch.float64),))
+    assert not out.tangent.any()
+    assert not out.cross.any()
+
+
+def test_an_infinite_slope_stays():
+    x = torch.tensor([0.0, 4.0], dtype=torch.float64)
+    out = fomoh_fx.transform(torch.sqrt, wrt="inputs")(x, tangents=(torch.ones(1, 2, dtype=torch.float64),))
+    assert out.tangent.tolist() == [[float("inf"), 0.25]]
