@@ -13,7 +13,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import FunctionType
+from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 from unittest.mock import patch
 
@@ -84,7 +84,23 @@ def _generators(models: Sequence[Any]) -> list[tuple[str, Any, bytes]]:
             seen.add(id(function))
             places |= {f"{function.__module__}.{name}": value for name, value in function.__globals__.items()}
             places |= inspect.getclosurevars(function).nonlocals
-    return [(name, value, state) for name, value in places.items() if (state := _state_of(value)) is not None]
+    found = [pair for name, value in places.items() for pair in _behind(name, value)]
+    return [(name, value, state) for name, value in found if (state := _state_of(value)) is not None]
+
+
+def _behind(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The value, what it is a method of, and the variables that it has from where it was defined."""
+    yield name, value
+    if isinstance(value, (MethodType, BuiltinMethodType)) and not _is_shared(value):
+        yield name, value.__self__
+    if isinstance(value, FunctionType) and value.__closure__:
+        for variable, content in inspect.getclosurevars(value).nonlocals.items():
+            yield f"{name} ({variable})", content
+
+
+def _is_shared(method: Any) -> bool:
+    """Whether it draws from Python's or NumPy's own generator, whose draws may not matter."""
+    return any(method == getattr(module, method.__name__, None) for module in (random, sys.modules.get("numpy.random")))
 
 
 @contextmanager

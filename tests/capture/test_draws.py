@@ -142,3 +142,30 @@ def test_seeds_of_torch_are_refused():
     for kind, name in ((Seeded, "manual_seed"), (Forked, "random.fork_rng")):
         with pytest.raises(CaptureError, match=f"calls torch.{name} .*Call it before"):
             out_of(kind(3, 3))
+
+
+def _in_a_closure():
+    generator = np.random.default_rng(0)
+    return lambda: float(generator.random())
+
+
+@pytest.mark.parametrize("draw", [random.Random(0).random, np.random.default_rng(0).random, _in_a_closure()])
+def test_a_method_or_a_function_that_draws_is_refused(draw):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.draw = draw
+
+        def forward(self, x):
+            return (x * self.draw()).sum()
+
+    with pytest.raises(CaptureError, match=r"draws from the random numbers of Scaled\.draw"):
+        fomoh_fx.transform(Scaled(), wrt="inputs")(torch.ones(3), tangents=(torch.ones(1, 3),))
+
+
+def test_a_generator_of_torch_is_refused():
+    generator = torch.Generator()
+    with pytest.raises(CaptureError, match=r"draws with a torch\.Generator of its own"):
+        fomoh_fx.transform(lambda x: (x * torch.rand(3, generator=generator)).sum(), wrt="inputs")(
+            torch.ones(3), tangents=(torch.ones(1, 3),)
+        )
