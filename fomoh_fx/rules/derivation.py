@@ -37,7 +37,8 @@ class Formula:
             and of the output y; None for an argument in which no derivative exists.
         second: the second derivatives (0,0), (0,1), .. (1,1), .., given in terms of y and of the first ones dx, dw, ..
         steep: whether a derivative is infinite where the value is finite. A component of zero stays zero there, as in
-            reverse mode behind a mask: ``x.relu().sqrt()`` has no NaN where x is negative.
+            reverse mode behind a mask: ``x.relu().sqrt()`` has no NaN where x is negative. (At an isolated point such
+            as ``(x**4).sqrt()`` at 0, where reverse mode has a NaN, that is zero, too.)
     """
 
     expression: str
