@@ -12,7 +12,7 @@ from torch import Tensor
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.optim.directions import Batch, RandomDirections
 from fomoh_fx.optim.program import Program
-from fomoh_fx.optim.samplers import Proposed, Stacks, dimension_of, norms, scaled, signs, unit_scale
+from fomoh_fx.optim.samplers import Proposed, Stacks, dimension_of, norms, scaled, unit_scale
 from fomoh_fx.perturbation import ActivityGradient, Fit, Guess
 
 #: Directions that can be asked for, in this order.
@@ -73,7 +73,7 @@ class ActivityDirections(RandomDirections):
 
     def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Stacks:
         targets = batch.targets or ()
-        guess = self.gradient(batch.args, batch.kwargs, targets, tuple(parameters), self._signs, self.feedback)
+        guess = self.gradient(batch.args, batch.kwargs, targets, tuple(parameters), self.streams.signs, self.feedback)
         self._begin(parameters, guess)
         return self._follow([self], parameters, guess)
 
@@ -163,10 +163,6 @@ class ActivityDirections(RandomDirections):
         """The direction in Adam's metric."""
         start = 1 - self.betas[1] ** self.guesses
         return {name: v / ((self.squares[name] / start.to(v)).sqrt() + self.eps) for name, v in direction.items()}
-
-    def _signs(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        drawn = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
-        return signs(drawn, self.generator(like.device))
 
 
 def _corrected(matrix: Tensor, fit: Fit) -> Tensor:

@@ -102,6 +102,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
             raise ArgumentError(f"{min(unknown)}: no option of {type(self).__name__}; beside its own there are {known}")
         self.hd = fitted(hd, self.second_order, curvature)
         self.directions = directions
+        directions.lower(self.hd.lowering)
         self.largest_rise = options.get("largest_rise", self.default_largest_rise)
         self.diagnostics = options.get("diagnostics", False)
         self._skipped = SkippedSteps()

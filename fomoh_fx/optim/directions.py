@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fomoh_fx import lower
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.low_rank import dense
 from fomoh_fx.optim.samplers import SAMPLERS, Proposed, Sampler, Stacks, dimension_of, scaled, unit_scale
+from fomoh_fx.optim.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Directions(ABC):
 
     remembers: ClassVar[Sequence[str]] = ()  #: what :meth:`observe` reads and assigns
     settings: ClassVar[Sequence[str]] = ()
+
+    def lower(self, lowering: lower.Lowering) -> None:  # noqa: B027
+        """How the steps are lowered; called once, by the optimizer."""
 
     @abstractmethod
     def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Proposed:
@@ -58,8 +62,7 @@ class RandomDirections(Directions):
     Args:
         count: K; None for as many as there are real parameters.
         sampler: a name in :data:`~fomoh_fx.optim.samplers.SAMPLERS`, or a function like those.
-        seed: of the directions' own generators, one for each device; None takes one from torch's default generator,
-            so that ``torch.manual_seed`` decides.
+        seed: of the directions' own :class:`~fomoh_fx.optim.streams.Streams`.
         previous_step: whether the step before is one of the K directions (at the first step all of them are random).
     """
 
@@ -75,15 +78,17 @@ class RandomDirections(Directions):
             raise ArgumentError(f"sampler: expected one of {tuple(SAMPLERS)} or a function, got {sampler!r}")
         self.count = count
         self.sampler: Sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
-        self.seed = int(torch.randint(2**62, ())) if seed is None else _whole(seed)
+        self.streams = Streams(seed)
         self.previous_step = previous_step
-        self._generators: dict[str, torch.Generator] = {}
         self._previous: Stacks = {}
+
+    def lower(self, lowering: lower.Lowering) -> None:
+        self.streams.lowered = lowering is not lower.eager
 
     def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Proposed:
         del batch
         count = dimension_of(parameters) if self.count is None else self.count
-        drawn = self.sampler(parameters, count, self.generator)
+        drawn = self.sampler(parameters, count, self.streams)
         return self._with_previous({name: dense(v) for name, v in drawn.items()}) if self.previous_step else drawn
 
     def _with_previous(self, drawn: Stacks) -> Stacks:
@@ -105,45 +110,9 @@ class RandomDirections(Directions):
             self._previous[name] = torch.where((scale[0] > 0).to(change.device), change[0], dense(directions[name])[-1])
 
     def state_dict(self) -> dict[str, Any]:
-        """The seed, the state of each device's generator, and the step before."""
-        return {
-            "seed": self.seed,
-            "generators": _states(self._generators),
-            "previous_step": dict(self._previous),
-        }
+        """The state of the streams, and the step before."""
+        return {**self.streams.state_dict(), "previous_step": dict(self._previous)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.seed, self._previous = state["seed"], dict(state["previous_step"])
-        self._generators = _restored(state["generators"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies: a generator has none of its own, its state has."""
-        return {**self.__dict__, "_generators": _states(self._generators)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _generators=_restored(state["_generators"]))
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        """One stream for each device, no two of them alike."""
-        key = str(device)
-        if key not in self._generators:
-            self._generators[key] = torch.Generator(device).manual_seed(self.seed + len(self._generators))
-        return self._generators[key]
-
-
-def _whole(seed: Any) -> int:
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        number = None
-    if number is None or isinstance(seed, bool) or not -(2**63) <= number < 2**63:
-        raise ArgumentError(f"seed: expected a whole number of 64 bits, or None, got {seed!r}")
-    return number
-
-
-def _states(generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
-    return {device: generator.get_state() for device, generator in generators.items()}
-
-
-def _restored(states: Mapping[str, Tensor]) -> dict[str, torch.Generator]:
-    return {device: torch.Generator(device).set_state(state.cpu()) for device, state in states.items()}
+        self.streams.load_state_dict(state)
+        self._previous = dict(state["previous_step"])

@@ -1,49 +1,49 @@
 """Samplers: K random directions over all parameters together, scaled so that E[v v^T] is the identity.
 
 A directional derivative times its direction is then, on average, the gradient. A sampler is a function of the
-parameters by name, K, and a generator for each device; ``functools.partial`` sets its options:
-``sampler=partial(low_rank, rank=4)``.
+parameters by name, K, and :class:`~fomoh_fx.optim.streams.Streams` (called with a device, they give its generator);
+``functools.partial`` sets its options: ``sampler=partial(low_rank, rank=4)``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.low_rank import LowRank
+from fomoh_fx.optim.streams import Streams
 
 Stacks = dict[str, Tensor]
 Proposed = Mapping[str, Tensor | LowRank]
-GeneratorOf = Callable[[torch.device], torch.Generator]
-Sampler = Callable[[Mapping[str, Tensor], int, GeneratorOf], Proposed]
+Sampler = Callable[[Mapping[str, Tensor], int, Streams], Proposed]
 
 
-def normal(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf) -> Stacks:
+def normal(parameters: Mapping[str, Tensor], count: int, streams: Streams) -> Stacks:
     """v ~ N(0, I)."""
-    return _drawn(parameters, count, lambda v: v.normal_(generator=generator(v.device)))
+    return _drawn(parameters, count, streams.normals)
 
 
-def rademacher(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf) -> Stacks:
+def rademacher(parameters: Mapping[str, Tensor], count: int, streams: Streams) -> Stacks:
     """Every element +1 or -1: of all independent elements, the ones whose estimates vary least, and the fastest."""
-    return _drawn(parameters, count, lambda v: signs(v, generator(v.device)))
+    return _drawn(parameters, count, streams.signs)
 
 
-def sphere(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf) -> Stacks:
+def sphere(parameters: Mapping[str, Tensor], count: int, streams: Streams) -> Stacks:
     """Uniform on the sphere of radius sqrt(n), n the number of real parameters."""
-    drawn = normal(parameters, count, generator)
+    drawn = normal(parameters, count, streams)
     return scaled(drawn, unit_scale(drawn))
 
 
-def orthogonal(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf) -> Stacks:
+def orthogonal(parameters: Mapping[str, Tensor], count: int, streams: Streams) -> Stacks:
     """Each one uniform on the sphere of radius sqrt(n), and all of them mutually orthogonal."""
     dimension = dimension_of(parameters)
     _fits(count, dimension)
-    drawn = normal(parameters, count, generator)
+    drawn = normal(parameters, count, streams)
     rows = [_rows(v) for v in drawn.values()]
     flat = torch.cat([row.to(rows[0].device) for row in rows], 1)
     flat = torch.linalg.qr(flat.to(torch.promote_types(flat.dtype, torch.float32)).mT).Q.mT * math.sqrt(dimension)
@@ -51,14 +51,14 @@ def orthogonal(parameters: Mapping[str, Tensor], count: int, generator: Generato
     return {name: _like(part, v) for part, (name, v) in zip(parts, drawn.items(), strict=True)}
 
 
-def coordinate(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf) -> Stacks:
+def coordinate(parameters: Mapping[str, Tensor], count: int, streams: Streams) -> Stacks:
     """Different unit vectors, times sqrt(n): drawn without replacement, or all n of them in order."""
     dimension = dimension_of(parameters)
     _fits(count, dimension)
     first = next(iter(parameters.values()))
     every = torch.arange(dimension, device=first.device)
     if count < dimension:
-        drawn = torch.rand(dimension, device=first.device, generator=generator(first.device))
+        drawn = torch.rand(dimension, device=first.device, generator=streams(first.device))
         every = drawn.topk(count).indices
     scale, stacks, start = math.sqrt(dimension), {}, 0
     for name, p in parameters.items():
@@ -70,7 +70,7 @@ def coordinate(parameters: Mapping[str, Tensor], count: int, generator: Generato
     return stacks
 
 
-def low_rank(parameters: Mapping[str, Tensor], count: int, generator: GeneratorOf, rank: int = 1) -> Proposed:
+def low_rank(parameters: Mapping[str, Tensor], count: int, streams: Streams, rank: int = 1) -> Proposed:
     """sum_r u_r w_r^T / sqrt(rank), u, w ~ N(0, I), for a parameter of two axes or more: the first against all others.
 
     They stay factors (:class:`~fomoh_fx.LowRank`), so that few numbers are drawn and a layer's products with its
@@ -80,11 +80,11 @@ def low_rank(parameters: Mapping[str, Tensor], count: int, generator: GeneratorO
         raise ArgumentError(f"rank: expected a number of at least 1, got {rank!r}")
     drawn: dict[str, Tensor | LowRank] = {}
     for name, p in parameters.items():
-        columns = normal({name: p.new_empty(p.shape[:1] + (rank,) if p.dim() > 1 else p.shape)}, count, generator)[name]
+        columns = normal({name: p.new_empty(p.shape[:1] + (rank,) if p.dim() > 1 else p.shape)}, count, streams)[name]
         drawn[name] = columns
         if p.dim() > 1:
             real = p.real if p.is_complex() else p
-            rows = real.new_empty(count, rank, *p.shape[1:]).normal_(generator=generator(p.device))
+            rows = streams.normals((count, rank, *p.shape[1:]), real)
             drawn[name] = LowRank(columns / math.sqrt(rank), rows.to(p.dtype))
     return drawn
 
@@ -119,34 +119,20 @@ def scaled(stacks: Mapping[str, Tensor], scale: Tensor) -> Stacks:
 def norms(stacks: Mapping[str, Tensor]) -> Tensor:
     """||v_i|| of each direction over all parameters: [K], in at least float32."""
     parts = [_rows(v) for v in stacks.values()]
-    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    wide = reduce(torch.promote_types, (p.dtype for p in parts), torch.float32)
     first = parts[0].device
     each = torch.stack([torch.linalg.vector_norm(p, dim=1, dtype=wide).to(first) for p in parts])
     return torch.linalg.vector_norm(each, dim=0)
 
 
-def _drawn(parameters: Mapping[str, Tensor], count: int, fill: Callable[[Tensor], Tensor]) -> Stacks:
+def _drawn(parameters: Mapping[str, Tensor], count: int, draw: Callable[[Sequence[int], Tensor], Tensor]) -> Stacks:
     """A stack for each parameter; a complex one has independent real and imaginary parts."""
     drawn = {}
     for name, p in parameters.items():
         real = torch.view_as_real(p.detach()) if p.is_complex() else p
-        v = fill(torch.empty(count, *real.shape, dtype=real.dtype, device=real.device))
+        v = draw((count, *real.shape), real)
         drawn[name] = torch.view_as_complex(v) if p.is_complex() else v
     return drawn
-
-
-def signs(v: Tensor, generator: torch.Generator) -> Tensor:
-    """A random sign for each element of ``v``: every random byte gives eight of them by a table."""
-    words = torch.empty(-(-v.numel() // 32), dtype=torch.int32, device=v.device)
-    octets = words.random_(-(2**31), 2**31, generator=generator).view(torch.uint8)
-    table = _signs_of_bytes(v.dtype, v.device)
-    return table.index_select(0, octets.int()).flatten()[: v.numel()].reshape(v.shape)
-
-
-@cache
-def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The bits of each byte as signs: [256, 8]."""
-    return ((torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1) * 2 - 1).to(device, dtype)
 
 
 def _fits(count: int, dimension: int) -> None:

@@ -10,6 +10,7 @@ from fomoh_fx.errors import ArgumentError
 from fomoh_fx.low_rank import LowRank, dense
 from fomoh_fx.optim.directions import Batch, RandomDirections
 from fomoh_fx.optim.samplers import SAMPLERS, low_rank, norms
+from fomoh_fx.optim.streams import Streams
 from tests.optim.problems import flat
 
 PARAMETERS = {"a": torch.zeros(3, 4), "b": torch.zeros(4), "c": torch.zeros(()), "d": torch.zeros(2, 2, 1)}
@@ -50,7 +51,7 @@ def test_what_the_samplers_promise():
     wider = RandomDirections(8, partial(low_rank, rank=2), seed=0).propose(PARAMETERS, NOTHING)
     assert (torch.linalg.matrix_rank(wider["a"].dense()) == 2).all()
     with pytest.raises(ArgumentError, match="^rank: "):
-        low_rank(PARAMETERS, 1, lambda device: torch.Generator(), rank=0)
+        low_rank(PARAMETERS, 1, Streams(0), rank=0)
 
 
 def test_all_signs_are_as_likely_and_independent():
@@ -131,3 +132,11 @@ def test_the_number_of_directions_is_checked(count):
 def test_the_sampler_is_checked():
     with pytest.raises(ArgumentError, match="^sampler: .*rademacher"):
         RandomDirections(1, "gauss")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_parameters_of_different_dtypes(sampler):
+    for first, second in ((torch.float32, torch.float64), (torch.float64, torch.bfloat16)):
+        parameters = {"a": torch.zeros(9, 7, dtype=first), "b": torch.zeros(8, dtype=second)}
+        v = RandomDirections(3, sampler, seed=0).propose(parameters, NOTHING)
+        assert (v["a"].dtype, v["b"].dtype) == (first, second)
