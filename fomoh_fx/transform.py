@@ -17,9 +17,9 @@ from fomoh_fx import inspect as inspection
 from fomoh_fx import lower
 from fomoh_fx.cache import MOST, Cache
 from fomoh_fx.capture import Call, Program, capture
-from fomoh_fx.capture.frontends import quiet
 from fomoh_fx.capture.reading import kind_of
 from fomoh_fx.capture.threads import CAPTURING, is_compiling
+from fomoh_fx.capture.tracing import quiet
 from fomoh_fx.dynamic_shapes import dynamic_dims, must_vary
 from fomoh_fx.errors import ArgumentError, SpecialisationError, UnsupportedOpError
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
