@@ -68,20 +68,34 @@ def selected_parameters(module: nn.Module, wrt: str | Sequence[str]) -> dict[str
     Raises:
         ArgumentError: a pattern matches nothing, or there is no parameter at all.
     """
-    names = dict(module.named_parameters(remove_duplicate=False))
+    return _selected(dict(module.named_parameters(remove_duplicate=False)), wrt)
+
+
+def _selected(names: Mapping[str, nn.Parameter], wrt: str | Sequence[str]) -> dict[str, nn.Parameter]:
+    """Among all names of all parameters."""
     if not names:
         raise ArgumentError('wrt: the model has no parameters; for a function use wrt="inputs"')
-    patterns = ["*"] if wrt == "parameters" else [wrt] if isinstance(wrt, str) else list(wrt)
+    first = _first_names(names)
+    if wrt == "parameters":
+        return {name: names[name] for name in first.values()}
+    patterns = [wrt] if isinstance(wrt, str) else list(wrt)
     if not patterns:
         raise ArgumentError("wrt: selects no parameter")
-    chosen: dict[int, str] = {}
+    chosen: set[int] = set()
     for pattern in patterns:
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             raise ArgumentError(f"wrt: no parameter matches {pattern!r}; there are {_listing(names)}")
-        chosen.update((id(names[name]), name) for name in matched)
-    first = {name: p for name, p in module.named_parameters()}
-    return {name: p for name, p in first.items() if id(p) in chosen}
+        chosen.update(id(names[name]) for name in matched)
+    return {name: names[name] for key, name in first.items() if key in chosen}
+
+
+def _first_names(names: Mapping[str, nn.Parameter]) -> dict[int, str]:
+    """The first name of each parameter, by its identity."""
+    first: dict[int, str] = {}
+    for name, p in names.items():
+        first.setdefault(id(p), name)
+    return first
 
 
 def refuse_lazy(module: nn.Module) -> None:
@@ -90,9 +104,12 @@ def refuse_lazy(module: nn.Module) -> None:
     Raises:
         ArgumentError: naming it.
     """
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if is_lazy(tensor):
-            raise ArgumentError(f"model: {name} has no shape yet; call the model once before, which gives it one")
+    tables = (table for part in module.modules() for table in (part._parameters, part._buffers))
+    if not any(is_lazy(tensor) for table in tables for tensor in table.values()):
+        return
+    everything = (*module.named_parameters(), *module.named_buffers())
+    name = next(name for name, tensor in everything if is_lazy(tensor))
+    raise ArgumentError(f"model: {name} has no shape yet; call the model once before, which gives it one")
 
 
 def _listing(names: Iterable[str], most: int = 8) -> str:
@@ -105,8 +122,8 @@ def parameter_seeds(module: nn.Module, wrt: str | Sequence[str], tangents: Any) 
     if not isinstance(tangents, Mapping):
         raise ArgumentError(f"tangents: expected a mapping from parameter names, got {type(tangents).__name__}")
     everything = dict(module.named_parameters(remove_duplicate=False))
-    allowed = selected_parameters(module, wrt)
-    first = {id(p): name for name, p in module.named_parameters()}
+    allowed = _selected(everything, wrt)
+    first = _first_names(everything)
     found: dict[str, Tensor | LowRank] = {}
     given_as: dict[str, str] = {}
     for name, tangent in tangents.items():
