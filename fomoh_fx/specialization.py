@@ -218,7 +218,7 @@ def is_as_captured(program: Program, outside: Reading, tensors: Sequence[Tensor]
         traced = node.meta["val"]
         if what.kind != "argument":
             now = what.value(())
-            if not isinstance(now, Tensor) or now in COMPUTED_FROM:
+            if not isinstance(now, Tensor) or (now in COMPUTED_FROM and what not in program.detached):
                 return False
             if (now.shape, now.dtype, now.device) != (traced.shape, traced.dtype, traced.device):
                 return False

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
-from fomoh_fx.capture.assignments import COMPUTED_FROM, Same, remembered
+from fomoh_fx import operators  # noqa: F401  defines stop_gradient
+from fomoh_fx.capture.assignments import Same, remembered
 from fomoh_fx.capture.inputs import constant_of
 from fomoh_fx.capture.program import Input, Output, Program, Root
+from fomoh_fx.capture.refusals import refuse_remembered
 from fomoh_fx.capture.state import Keys, structure, written
 from fomoh_fx.passes.activity import analyse, ancestors, carries_derivative
 from fomoh_fx.passes.dataflow import is_effectful_call
 
+DETACH = torch.ops.fomoh_fx.stop_gradient.default
+
 
 def note_assignments(program: Program, root: Root, names: Sequence[str]) -> None:
-    """The last outputs are what the model assigns. No value that an earlier call computed from a parameter is used."""
+    """The last outputs are what the model assigns. No value that an earlier call computed from a parameter is used,
+    unless it is detached.
+    """
     inputs = list(zip(program.placeholders, program.inputs, strict=True))
     parameters = {node: what.name for node, what in inputs if what.kind == "parameter" and carries_derivative(node)}
     used = [what for node, what in inputs if node.users]
+    known = [what for node, what in inputs if any(user.target is not DETACH for user in node.users)]
+    program.detached = [what for what in used if what not in known]
     i = len(program.outputs) - sum(made.count for made in root.observed.assigned)
     kept = []
     for made in root.observed.assigned:
@@ -34,15 +43,17 @@ def note_assignments(program: Program, root: Root, names: Sequence[str]) -> None
             left = program.results[:i] + program.results[i + made.count :]
             program.module.graph.output_node().args = (left,)
             continue
-        if source and any(what.module is made.module and _overlap(what.keys, made.keys) for what in used):
+        if source and any(what.module is made.module and _overlap(what.keys, made.keys) for what in known):
             raise remembered(f"its attribute {made.name}", source)
         state = Input("buffer", made.name, module=made.module, attribute=made.keys[0], inside=made.keys[1:])
         program.outputs[i : i + made.count] = [Output("assignment", state)] * made.count
         i += made.count
         kept.append(made)
-    for what in used:
-        if what.module is not None and (source := COMPUTED_FROM.get(what.value(()))) is not None:
-            raise remembered(f"its attribute {written(what.keys)}", source)
+    for what in known:
+        if what.kind not in ("argument", "parameter"):
+            tensor = what.value(())
+            place = f"a tensor of shape {tuple(tensor.shape)}" if what.module is None else written(what.keys)
+            refuse_remembered(tensor, place if what.module is None else f"its attribute {place}", root)
     program.module.recompile()
     program.assignments, program.numbers = kept, root.observed.numbers
     deep = [(made.module, made.keys[0]) for made in root.observed.assigned if not made.is_tensor]

@@ -16,7 +16,7 @@ from fomoh_fx.capture.draws import refuse_drawn
 from fomoh_fx.capture.frontends import DecidedByData, first_that_works
 from fomoh_fx.capture.leaks import refuse_kept
 from fomoh_fx.capture.program import Call, Program, Root
-from fomoh_fx.capture.refusals import refuse_fake, refuse_remembered, refuse_without_data
+from fomoh_fx.capture.refusals import refuse_fake, refuse_without_data
 from fomoh_fx.capture.threads import CAPTURING
 from fomoh_fx.errors import CaptureError, FomohError
 from fomoh_fx.passes.data_sizes import has_sizes_from_data
@@ -80,7 +80,6 @@ def _capture(
             refuse_fake(outcome)
             refuse_without_data(outcome)
             return outcome
-        refuse_remembered(root, tensors)
         foreign += tensors  # capture again with what a closure holds as inputs: its values may change
         outside += modules
     raise CaptureError(

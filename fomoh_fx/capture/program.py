@@ -297,6 +297,7 @@ class Program:
     numbers: Sequence[ChangedNumbers] = ()  # in containers, and the run changes them
     tied: Sequence[tuple[Input, Input]] = ()  # an input, and another place that had its tensor
     structures: Sequence[tuple[nn.Module, str, Any]] = ()  # attributes with containers, and what the graph is for
+    detached: Sequence[Input] = ()  # inputs of which the graph has no derivative, as the model detaches them
     ties: Sequence[Sequence[tuple[nn.Module, Keys]]] = ()  # places that had one tensor, which is one input
 
     def assign(self, values: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:

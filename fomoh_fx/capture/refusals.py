@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import attrgetter
 
 from torch import Tensor, fx, nn
@@ -48,15 +47,14 @@ def refuse_without_data(program: Program) -> None:
         )
 
 
-def refuse_remembered(root: Root, tensors: Sequence[Tensor]) -> None:
+def refuse_remembered(tensor: Tensor, what: str, root: Root) -> None:
     """A tensor that was computed from a parameter before this call has a derivative that no graph of this call has."""
+    if (source := COMPUTED_FROM.get(tensor)) is not None:
+        raise remembered(what, source)
     names = {id(p): name for name, p in root.model.named_parameters()} if isinstance(root.model, nn.Module) else {}
-    for tensor in tensors:
-        if (source := COMPUTED_FROM.get(tensor)) is not None:
-            raise remembered(f"a tensor of shape {tuple(tensor.shape)}", source)
-        for leaf in _leaves_behind(tensor):
-            if id(leaf) in names:
-                raise remembered(f"a tensor of shape {tuple(tensor.shape)}", names[id(leaf)])
+    for leaf in _leaves_behind(tensor):
+        if id(leaf) in names:
+            raise remembered(what, names[id(leaf)])
 
 
 def _leaves_behind(tensor: Tensor) -> list[Tensor]:

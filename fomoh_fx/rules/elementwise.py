@@ -166,6 +166,7 @@ _SINC, _SPHERICAL, _I2, _J2 = _sinc("pi*x", 9), _sinc("x", 10), _bessel(1), _bes
 #: The value of a function with a pole at zero, in a sum that another term decides there: infinite, not undefined.
 _OFF_POLE = _cases("0, Eq(x, 0)", "y")
 
+_DIVISION = (aten.div.Tensor, aten.div.Scalar)
 ROWS: dict[Any, str | Formula] = {
     # powers, exponentials, logarithms
     aten.square.default: "x**2",
@@ -301,7 +302,7 @@ ROWS: dict[Any, str | Formula] = {
     (aten.sub.Tensor, aten.sub.Scalar): "x - w*v",
     (aten.rsub.Tensor, aten.rsub.Scalar): "w - x*v",
     (aten.mul.Tensor, aten.mul.Scalar): "x*w",
-    (aten.div.Tensor, aten.div.Scalar): Formula("x/w", ("1/w", "-y/w"), ("0", "-dx**2", "-2*dw/w")),
+    _DIVISION: Formula("x/w", ("1/w", "-y/w"), ("0", "-dx**2", "-2*dw/w")),
     (
         aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar,
         aten.float_power.Tensor_Scalar, aten.float_power.Tensor_Tensor, aten.float_power.Scalar,
@@ -344,7 +345,22 @@ def formula_of(op: Any) -> Formula:
     return Formula(row) if isinstance(row, str) else row
 
 
+def _by_number(division: Rule) -> Rule:
+    """A division by a number that is zero, or known only when the graph runs, divides the components too.
+
+    The formula would take the number's reciprocal, and Python has none of zero.
+    """
+
+    def rule(op: Any, components: Components, x: Any, w: Any) -> HyperDual:
+        if isinstance(w, (torch.SymInt, torch.SymFloat)) or (isinstance(w, (int, float, complex)) and not w):
+            return HyperDual(op(x.primal, w), *(None if c is None else op(c, w) for c in (x.tangent, x.cross)))
+        return division(op, components, x, w)
+
+    rule.kind = "elementwise"  # type: ignore[attr-defined]
+    return rule
+
+
 for ops in ROWS:
-    register(ops, served(formula_of(ops)))
+    register(ops, _by_number(served(formula_of(ops))) if ops == _DIVISION else served(formula_of(ops)))
 for ops, gate in GATED.items():
     register(ops, gated(gate))

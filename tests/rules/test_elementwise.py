@@ -678,3 +678,21 @@ def test_an_infinite_slope_stays():
     x = torch.tensor([0.0, 4.0], dtype=torch.float64)
     out = fomoh_fx.transform(torch.sqrt, wrt="inputs")(x, tangents=(torch.ones(1, 2, dtype=torch.float64),))
     assert out.tangent.tolist() == [[float("inf"), 0.25]]
+
+
+@pytest.mark.parametrize("number", [lambda m: m.sum().item(), lambda m: 0, lambda m: 0.0, lambda m: 3])
+def test_division_by_a_number_that_may_be_zero(number):
+    """As for tensors: infinite or undefined, no error of Python."""
+
+    def f(x, m):
+        return (x.sin() * m.to(x.dtype)) / number(m)
+
+    x, v = r(3), r(2, 3)
+    hd = fomoh_fx.transform(f, wrt="inputs")
+    for m in (torch.tensor([1, 0, 1]), torch.tensor([1.0, 0, -1.0]), torch.zeros(3)):
+        out = hd(x, m, tangents=(v, None))
+        with torch.no_grad():
+            value, scale = f(x, m), m.double() / torch.tensor(number(m))
+        torch.testing.assert_close(out.primal, value, equal_nan=True)
+        torch.testing.assert_close(out.tangent, scale * x.cos() * v, equal_nan=True)
+        torch.testing.assert_close(out.hessian(), -scale * x.sin() * v[:, None] * v, equal_nan=True)
