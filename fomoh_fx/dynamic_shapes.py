@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,17 +11,20 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Call
 from fomoh_fx.errors import ArgumentError
+from fomoh_fx.seeds import positional_names
 
 Dims = dict[int, Any]
 HINT = type(Dim.AUTO)
+#: The attributes of tensors by which ``torch._dynamo`` marks dimensions, and what a mark means.
+MARKS = {"_dynamo_weak_dynamic_indices": Dim.AUTO, "_dynamo_dynamic_indices": Dim.DYNAMIC}
 
 
-def dynamic_dims(call: Call, names: Sequence[str], dynamic_shapes: Any) -> list[Dims] | None:
+def dynamic_dims(model: Any, call: Call, dynamic_shapes: Any) -> list[Dims] | None:
     """For every tensor leaf of the call its dynamic dimensions, or None where everything is static.
 
     Args:
+        model: whose ``forward`` names the positional arguments.
         call: the arguments.
-        names: the names of the positional arguments.
         dynamic_shapes: as in ``torch.export``, a mapping from argument names (and ``"targets"``, a tuple) or a sequence
             in the order of the arguments, with ``{dimension: Dim}``, a tuple of one entry for each dimension, or
             None in place of each tensor. Dimensions marked by ``torch._dynamo.mark_dynamic`` are added.
@@ -29,6 +32,9 @@ def dynamic_dims(call: Call, names: Sequence[str], dynamic_shapes: Any) -> list[
     Raises:
         ArgumentError: the structure of ``dynamic_shapes`` is not the arguments' own, or an entry is no dimension.
     """
+    if dynamic_shapes is None and not any(hasattr(t, mark) for t in call.tensors for mark in MARKS):
+        return None
+    names = positional_names(model, len(call.args))
     arguments = {**dict(zip(names, call.args, strict=True)), **call.kwargs, "targets": call.targets}
     given = _by_name(dynamic_shapes, list(arguments), len(names))
     found: list[Dims] = []
@@ -88,10 +94,7 @@ def _dims(name: str, tensor: Tensor, part: Any) -> Dims:
         raise ArgumentError(
             f"dynamic_shapes: for argument {name!r}: {len(part)} entries for a tensor of {tensor.ndim} dimensions"
         )
-    marked: Dims = {
-        **dict.fromkeys(getattr(tensor, "_dynamo_weak_dynamic_indices", ()), Dim.AUTO),
-        **dict.fromkeys(getattr(tensor, "_dynamo_dynamic_indices", ()), Dim.DYNAMIC),
-    }
+    marked: Dims = {dim: kind for mark, kind in MARKS.items() for dim in getattr(tensor, mark, ())}
     entries = part if isinstance(part, Mapping) else dict(enumerate(part or ()))
     given = {dim: value for dim, value in entries.items() if _is_dynamic(name, tensor, dim, value)}
     return {**marked, **given}

@@ -105,7 +105,7 @@ def refuse_lazy(module: nn.Module) -> None:
         ArgumentError: naming it.
     """
     tables = (table for part in module.modules() for table in (part._parameters, part._buffers))
-    if not any(is_lazy(tensor) for table in tables for tensor in table.values()):
+    if not any(is_lazy(tensor) for table in tables for tensor in table.values() if tensor is not None):
         return
     everything = (*module.named_parameters(), *module.named_buffers())
     name = next(name for name, tensor in everything if is_lazy(tensor))

@@ -26,7 +26,7 @@ from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.low_rank import factors
 from fomoh_fx.passes import pipeline
 from fomoh_fx.passes.data_sizes import ADVICE
-from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, positional_names, refuse_lazy, selected_parameters
+from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, refuse_lazy, selected_parameters
 from fomoh_fx.signature import Signature, argument_kind_of, modes, modules_of, plain_settings, signature_of
 from fomoh_fx.specialization import Evaluation, Specialization, outside_of
 
@@ -221,7 +221,7 @@ class HyperDualModule(nn.Module):
 
     def _specialize(self, call: Call, seeds: Seeds, dynamic_shapes: Any = None) -> Specialization:
         signature = signature_of(self.model, self.loss, call, seeds)
-        dims = dynamic_dims(call, positional_names(self.model, len(call.args)), dynamic_shapes)
+        dims = dynamic_dims(self.model, call, dynamic_shapes)
         found = self._found(call, signature, dims)
         if found is None:
             with CAPTURING:  # another thread may have added it meanwhile
