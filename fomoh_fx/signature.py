@@ -22,13 +22,15 @@ from fomoh_fx.seeds import Seeds
 class Signature:
     """What is equal for two calls that one specialisation serves; hashable.
 
-    ``shapes`` are those of the call's tensors; ``rest`` is everything else: the structure, dtypes, devices,
-    layouts, arguments that are not tensors, modules, parameters, settings, modes, and which inputs are seeded with how
-    many directions. ``kept`` are the objects that count by identity, alive so that no other one gets it.
+    ``shapes`` are those of the call's tensors; ``call`` is what else there is of it and of the model: the structure,
+    dtypes, devices, layouts, arguments that are not tensors, modules, parameters, settings. ``request`` is what its
+    graph is expanded for: modes and the like, and which inputs are seeded with how many directions. ``kept`` are the
+    objects that count by identity, alive so that no other one gets it.
     """
 
     shapes: tuple[torch.Size, ...]
-    rest: tuple[Any, ...]
+    call: tuple[Any, ...]
+    request: tuple[Any, ...]
     kept: list[Any] = field(compare=False)
 
 
@@ -39,8 +41,8 @@ def signature_of(model: Any, loss: Any, call: Call, seeds: Seeds) -> Signature:
     others = tuple(map(reader.value, call.others))
     modules = [reader.modules(f) if isinstance(f, nn.Module) else reader.value(f) for f in (model, loss)]
     default = torch.get_default_device(), products_are_exact(), tuple(GIVEN.items()), *modes()
-    rest = (call.spec, kinds, others, *modules, default, seeds.owners, seeds.directions, seeds.forms)
-    return Signature(tuple(t.shape for t in call.tensors), rest, reader.kept)
+    request = (default, seeds.owners, seeds.directions, seeds.forms)
+    return Signature(tuple(t.shape for t in call.tensors), (call.spec, kinds, others, *modules), request, reader.kept)
 
 
 def argument_kind_of(tensor: Tensor) -> tuple[Any, ...]:

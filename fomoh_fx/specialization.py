@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Program
 from fomoh_fx.capture.assignments import COMPUTED_FROM
+from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.layouts import has_its_layouts
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.reading import Reader, Reading, kind_of
@@ -80,6 +81,16 @@ class Specialization:
     def stages(self) -> dict[str, fx.GraphModule]:
         return self.compiled.stages
 
+    def compiles(self, program: Program, signature: Signature) -> bool:
+        """Whether what was compiled here is the expansion of another capture too, for its own signature.
+
+        A model may have changed an attribute on which its graph does not depend. Not where dimensions are dynamic.
+        """
+        if self.dims is not None or self.signature.request != signature.request:
+            return False
+        ours, theirs = (([o.kind for o in p.outputs], _inputs_like(p)) for p in (self.program, program))
+        return ours == theirs and same_graph(self.program, program)
+
     def covers(self, dims: list[dict[int, Any]] | None) -> bool:
         """Whether every dimension that a caller wants dynamic is dynamic here."""
         if dims is None:
@@ -90,7 +101,7 @@ class Specialization:
 
     def serves(self, signature: Signature, tensors: Sequence[Tensor]) -> bool:
         """Whether a call that differs in dynamic dimensions is served: every guard on them holds."""
-        if self.dims is None or signature.rest != self.signature.rest:
+        if self.dims is None or (signature.call, signature.request) != (self.signature.call, self.signature.request):
             return False
         for shape, traced, dims in zip(signature.shapes, self.signature.shapes, self.dims, strict=True):
             if len(shape) != len(traced) or any(
@@ -190,6 +201,12 @@ class Specialization:
         if part is not None or not (primal.is_floating_point() or primal.is_complex()):
             return part
         return torch.zeros(lead + primal.shape, dtype=primal.dtype, device=primal.device)
+
+
+def _inputs_like(program: Program) -> list[Any]:
+    """What the inputs of a graph are, and of which kinds."""
+    placed = zip(program.inputs, program.placeholders, strict=True)
+    return [(what.kind, what.name, what.index, kind_of(node.meta["val"])) for what, node in placed]
 
 
 @dataclass(frozen=True)

@@ -252,6 +252,8 @@ class HyperDualModule(nn.Module):
         names = argument_names(self.model, call)
         call.differentiated = [owner for owner in seeds.owners if isinstance(owner, int)]
         program = capture(self.model, self.loss, call, names, dims)
+        if dims is None and (known := next((s for s in self._traced if s.compiles(program, signature)), None)):
+            return self._specialization(program, known.compiled, known.run, call, seeds, signature)
         try:
             with quiet("torch._subclasses.fake_tensor"):
                 return self._expanded(program, call, seeds, signature, dims)
@@ -284,11 +286,18 @@ class HyperDualModule(nn.Module):
             )
         if dims is not None:
             _refuse_fixed(program, dims)
+        run = self.lowering(compiled.final, dims is not None)
+        return self._specialization(program, compiled, run, call, seeds, signature, dims)
+
+    def _specialization(
+        self, program: Program, compiled: pipeline.Compiled, run: Callable[..., Any], call: Call, seeds: Seeds,
+        signature: Signature, dims: list[dict[int, Any]] | None = None,
+    ) -> Specialization:  # fmt: skip
         tops = [top for top in (self.model, self.loss, *program.outside) if isinstance(top, nn.Module)]
         return Specialization(
             program,
             compiled,
-            components,
+            Components(seeds.directions, self.second_order),
             self.loss is not None,
             self.first_order,
             replace(seeds, stacks=()),
@@ -301,7 +310,7 @@ class HyperDualModule(nn.Module):
             parts=[(top, modules_of(top)) for top in tops],
             settings=plain_settings(*tops),
             lowering=self.lowering,
-            run=self.lowering(compiled.final, dims is not None),
+            run=run,
         )
 
     def train(self, mode: bool = True) -> HyperDualModule:

@@ -26,7 +26,7 @@ Operands = dict[fx.Node, set[int]]
 
 
 def _elementwise(node: fx.Node) -> Operands:
-    return {operand: set() for operand in node.all_input_nodes}
+    return {operand: set() for operand in node.all_input_nodes if value_of(operand) is not None}  # no numbers
 
 
 def _rows(node: fx.Node) -> Operands:

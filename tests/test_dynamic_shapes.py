@@ -192,3 +192,19 @@ def test_torch_compile_at_a_size_that_was_served():
     x, v = r(6), (r(2, 6),)
     expected = hd(x, tangents=v)
     torch.testing.assert_close(torch.compile(hd, backend="eager")(x, tangents=v).cross, expected.cross)
+
+
+def test_a_dynamic_size_multiplies_what_is_alike_for_all_samples():
+    def scaled(x, y):
+        return ((x + y).sin() * (2 * x.shape[0]) / x.shape[0]).sum()
+
+    hd, v = fomoh_fx.transform(scaled, wrt="inputs"), r(2, 1, 3)
+    for n in (4, 6):
+        x, y = r(n, 3), r(n, 3)
+        given = (v.expand(2, n, 3), None)
+        if n == 4:
+            hd.trace(x, y, tangents=given, dynamic_shapes={"x": {0: BATCH}, "y": {0: BATCH}})
+        out = hd(x, y, tangents=given)
+        torch.testing.assert_close(out.tangent, (2 * (x + y).cos() * v).sum((1, 2)))
+        torch.testing.assert_close(out.hessian(), (-2 * (x + y).sin() * v[:, None] * v).sum((2, 3)))
+    assert len(hd._traced) == 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fomoh_fx.capture.reading import are_equal, is_plain
 from fomoh_fx.capture.state import STANDARD, Keys, children, containers, follow, has_tensors, is_record, written
 from fomoh_fx.errors import CaptureError
 
@@ -116,13 +117,17 @@ class Assignment:
 
 @dataclass
 class ChangedNumbers:
-    """Numbers in a container that a run has changed to others, and how to put them."""
+    """Numbers that a run has changed to others, and how to put them.
+
+    With ``is_size``, ``after`` is an example: it follows a dynamic dimension.
+    """
 
     key: tuple[int, Any]
     name: str
     put: Callable[[Any], None]
     before: Any
     after: Any
+    is_size: bool = False
 
 
 @dataclass
@@ -139,7 +144,7 @@ class Assignments:
 
     Attributes:
         made: what was assigned.
-        numbers: what was changed in containers without tensors.
+        numbers: numbers that were changed in containers, and sizes of dynamic dimensions that were kept.
         same: for a tensor from before the run, or what stands for it meanwhile, what it is.
     """
 
@@ -187,9 +192,12 @@ class Assignments:
         self._growing: _Watched | None = None
         self._unknown: str | None = None
         for watched, is_there in zip(self._watched, there, strict=True):
+            noted = len(self.numbers)
             made = self._changes(watched)  # which puts back what was before
             if is_there and watched.path is not None:
                 self.made += made
+            if not is_there:  # the container is another one now, which is assigned
+                del self.numbers[noted:]
         changed = [(module, what) for module, what, table, before in self._tables if _put_back(table, before)]
         if changed and kind is None:
             module, what = changed[0]
@@ -222,15 +230,17 @@ class Assignments:
                 continue
             if symbols := symbolic(new):
                 _restore(holder, key, old)
-                self._refuse_unknown(watched, (*keys, key), symbols)
+                self._note_sizes(watched, key, partial(_restore, holder, key), old, new, symbols)
                 continue
             if type(old) in _NUMBERS and type(new) in _NUMBERS:
                 if keys:  # those of modules are observed as they change
                     self._note_numbers(watched, key, partial(holder.__setitem__, key), old, new)
                 continue
-            if not keys and not (has_tensors(new) or has_tensors(old) or type(new) in _FLAGS):
+            if not keys and not (has_tensors(new) or has_tensors(old) or is_plain(old if new is _MISSING else new)):
                 continue
             _restore(holder, key, old)
+            if _is_settled(old, new) and not self.watches(old):  # what is in a container may have changed
+                continue
             if new is _MISSING:
                 found.append(Assignment(path, (*keys, key), "delete"))
             else:
@@ -243,7 +253,7 @@ class Assignments:
             return []
         if symbols := symbolic(now):
             _fill(watched.holder, before)
-            self._refuse_unknown(watched, watched.keys, symbols)
+            self._note_sizes(watched, None, partial(_fill, watched.holder), before, now, symbols)
             return []
         if not has_tensors(now) and not has_tensors(before):
             self._note_numbers(watched, None, partial(_fill, watched.holder), before, now)
@@ -254,17 +264,28 @@ class Assignments:
             self._growing = watched
         return [self._taken_out(watched.path, watched.keys, "contents", now, False)]
 
-    def _refuse_unknown(self, watched: _Watched, keys: Keys, symbols: Sequence[Any]) -> None:
-        """Remember to refuse a number that no call of the graph would assign; a size is as it was, like any number."""
+    def _note_sizes(
+        self, watched: _Watched, key: Any, put: Callable[[Any], None], before: Any, after: Any, symbols: Sequence[Any]
+    ) -> None:
+        """A size of a dynamic dimension is another one in other calls; one that only the data decide no graph has."""
+        change = self._change(watched, key, put, before, after)
         if any(map(free_unbacked_symbols, symbols)):
-            self._unknown = f"{type(watched.module).__name__}.{written(keys)}"
+            self._unknown = change.name
+            return
+        example = pytree.tree_map_only((SymInt, SymFloat, SymBool), lambda size: size.node.hint + 1, after)
+        self.numbers.append(replace(change, after=example, is_size=True))
 
     def _note_numbers(self, watched: _Watched, key: Any, put: Callable[[Any], None], before: Any, after: Any) -> None:
         if before != after:
-            keys = watched.keys if key is None else (*watched.keys, key)
-            name = f"{type(watched.module).__name__}.{written(keys)}"
-            self.numbers.append(ChangedNumbers((id(watched.holder), key), name, put, before, after))
+            self.numbers.append(self._change(watched, key, put, before, after))
         put(before)
+
+    def _change(
+        self, watched: _Watched, key: Any, put: Callable[[Any], None], before: Any, after: Any
+    ) -> ChangedNumbers:
+        keys = watched.keys if key is None else (*watched.keys, key)
+        name = f"{type(watched.module).__name__}.{written(keys)}"
+        return ChangedNumbers((id(watched.holder), key), name, put, before, after)
 
     def _taken_out(self, path: str | None, keys: Keys, kind: Any, value: Any, is_new: bool) -> Assignment:
         values, spec = self._flat(value)
@@ -301,6 +322,12 @@ def _is_one(leaf: Any, before: Any, tensors: Mapping[str, Tensor]) -> bool:
     if isinstance(leaf, Same):
         return not leaf.is_detached and tensors.get(leaf.name, _MISSING) is before
     return leaf[0] is before or (type(leaf[0]) is type(before) in (*_NUMBERS, *_FLAGS) and leaf[0] == before)
+
+
+def _is_settled(old: Any, new: Any) -> bool:
+    """Whether two values without tensors are equal."""
+    is_there = old is not _MISSING and new is not _MISSING
+    return is_there and is_plain(old) and is_plain(new) and are_equal(old, new)
 
 
 def _stands_in(tensor: Tensor) -> bool:

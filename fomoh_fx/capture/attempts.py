@@ -47,7 +47,7 @@ def capture(
     register_present()
     run = partial(_capture, model, loss, call, argument_names, dynamic_shapes, refusal)
     with CAPTURING:
-        return refuse_counted(partial(refuse_drawn, run, model, loss))
+        return refuse_counted(partial(refuse_drawn, run, model, loss), model, loss, call)
 
 
 def _capture(

@@ -24,6 +24,7 @@ from fomoh_fx.capture.leaks import is_a_users
 from fomoh_fx.capture.program import Program
 from fomoh_fx.capture.state import children, containers, written
 from fomoh_fx.errors import CaptureError
+from fomoh_fx.passes.dataflow import graphs_in
 from fomoh_fx.passes.provenance import is_hidden
 
 #: The ends of [0, 1): what a draw is compared with lies between them.
@@ -179,9 +180,13 @@ def _draws_at(end: float) -> Iterator[None]:
 
 
 def same_graph(one: Program, other: Program) -> bool:
-    """Whether two captures are of the same operations on the same constants."""
+    """Whether two captures are of the same operations on the same constants, in the bodies of operators too."""
     ours, theirs = (
         [what.tensor for what in p.inputs if what.tensor is not None] + list(p.module.buffers()) for p in (one, other)
     )
-    same = one.module.code == other.module.code and len(ours) == len(theirs)
+    same = _code(one) == _code(other) and len(ours) == len(theirs)
     return same and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _code(program: Program) -> list[str]:
+    return [part.code for part in graphs_in(program.module)]

@@ -295,6 +295,7 @@ class Program:
     refused: list[str] = field(default_factory=list)
     assignments: Sequence[Assignment] = ()  # their tensors are the last outputs
     numbers: Sequence[ChangedNumbers] = ()  # in containers, and the run changes them
+    settled: Sequence[ChangedNumbers] = ()  # what a call changes and the next one leaves as it is
     tied: Sequence[tuple[Input, Input]] = ()  # an input, and another place that had its tensor
     structures: Sequence[tuple[nn.Module, str, Any]] = ()  # attributes with containers, and what the graph is for
     detached: Sequence[Input] = ()  # inputs of which the graph has no derivative, as the model detaches them
@@ -315,6 +316,8 @@ class Program:
             leaves.append(made.filled([copies[number] for number in made.numbers], arguments))
         for made, filled in zip(self.assignments, leaves, strict=True):
             made.apply(filled)
+        for change in self.settled:
+            change.put(change.after)
 
     def is_tied_as_it_was(self) -> bool:
         """Whether what is one input is still one tensor; Dynamo reads this."""

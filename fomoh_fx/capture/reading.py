@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture.state import STANDARD, is_record
 
@@ -59,11 +60,27 @@ def unusual_strides_of(tensor: Tensor) -> tuple[int, ...] | None:
     return None
 
 
+def is_plain(value: Any) -> bool:
+    """Whether all that can be read of it are values, so that an equal one serves as well."""
+    if any(isinstance(leaf, FunctionType) and "<locals>" in leaf.__qualname__ for leaf in pytree.tree_leaves(value)):
+        return False  # another one at every call
+    reader = Reader()
+    reader.value(value)
+    return reader.is_plain
+
+
+def are_equal(one: Any, other: Any) -> bool:
+    """Whether a model that reads one value does the same with the other."""
+    first, second = Reader(), Reader()
+    return bool(first.value(one) == second.value(other))
+
+
 class Reader:
     """Reads values one after the other: what it has met before is told from what is only equal."""
 
     def __init__(self) -> None:
         self.kept: list[Any] = []
+        self.is_plain = True  # so far nothing but values has been met
         self._met: dict[int, int] = {}  # tensors, objects and containers by identity
         self._objects = 0  # that are being read, one in the other
         self._limit = 0  # of what is met meanwhile
@@ -92,6 +109,7 @@ class Reader:
         """The kind of a tensor where it is first met, and its number."""
         if tensor is None:
             return None
+        self.is_plain = False
         number = self._met.get(id(tensor))
         if number is not None:
             return number
@@ -187,6 +205,7 @@ class Reader:
 
     def _unknown(self, value: Any) -> Any:
         """What counts by identity, and so does the object that has it; a constant of a library goes by equality."""
+        self.is_plain = False
         if type(value).__eq__ is not object.__eq__ and _is_hashable(value):
             return type(value), value
         if self._objects and not callable(value):
@@ -194,6 +213,7 @@ class Reader:
         return self._identity(value)
 
     def _identity(self, value: Any) -> Any:
+        self.is_plain = False
         self.kept.append(value)
         return "is", id(value)
 
