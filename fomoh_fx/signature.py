@@ -39,7 +39,7 @@ def signature_of(model: Any, loss: Any, call: Call, seeds: Seeds) -> Signature:
     reader = Reader()
     kinds = tuple([(*argument_kind_of(t)[1:], t.is_conj(), t.is_neg(), unusual_strides_of(t)) for t in call.tensors])
     others = tuple(map(reader.value, call.others))
-    modules = [reader.modules(f) if isinstance(f, nn.Module) else reader.value(f) for f in (model, loss)]
+    modules = [reader.modules(f) if isinstance(f, nn.Module) else reader.callable(f) for f in (model, loss)]
     default = torch.get_default_device(), products_are_exact(), tuple(GIVEN.items()), *modes()
     request = (default, seeds.owners, seeds.directions, seeds.forms)
     return Signature(tuple(t.shape for t in call.tensors), (call.spec, kinds, others, *modules), request, reader.kept)

@@ -371,3 +371,13 @@ def test_dtypes_that_do_not_fit() -> None:
     with pytest.raises(UnsupportedOpError, match=r"torch\.float32 and torch\.float64.*cast them to one") as raised:
         transform(torch.mm, wrt="inputs")(a, b, tangents=(a.unsqueeze(0), b.unsqueeze(0)))
     assert "register_rule" not in str(raised.value)
+
+
+def test_numpy_inside_a_model() -> None:
+    def matched(x: Tensor) -> Tensor:
+        order = x.detach().numpy().argsort()  # the array
+        return x[torch.from_numpy(order)]
+
+    message = refusal(matched, X.clone())
+    assert "test_errors.py:" in message and "# the array" in message, message
+    assert "compute with torch, or before the call and pass the result as an argument" in message, message

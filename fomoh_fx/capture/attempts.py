@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fomoh_fx.capture.constants import argument, candidates, fewer, is_flag
@@ -46,7 +47,8 @@ def capture(
     """
     register_present()
     run = partial(_capture, model, loss, call, argument_names, dynamic_shapes, refusal)
-    with CAPTURING:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with CAPTURING, torch.random.fork_rng(devices):  # what PyTorch computes meanwhile with what it knows may draw
         return refuse_counted(partial(refuse_drawn, run, model, loss), model, loss, call)
 
 

@@ -1,15 +1,21 @@
-"""``torch.Tensor([1, 2])`` and ``torch.LongTensor([1, 2])``, which no tracer sees, as calls of ``torch.tensor``."""
+"""Constructors of tensors that no tracer sees, as operators.
+
+``torch.Tensor([1, 2])`` and ``torch.LongTensor([1, 2])`` become calls of ``torch.tensor``, and ``torch.tensor([a, b])``
+of tensors becomes a stack of their values, without their derivatives.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import reduce, wraps
 from numbers import Integral
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 _TYPED = {
     torch.FloatTensor: torch.float32, torch.DoubleTensor: torch.float64, torch.HalfTensor: torch.float16,
@@ -29,6 +35,8 @@ def constructors_recorded() -> Iterator[None]:
         return _made(torch.get_default_dtype(), args, options)
 
     with ExitStack() as stack:
+        for name in ("tensor", "as_tensor"):
+            stack.enter_context(patch.object(torch, name, _of_elements(getattr(torch, name))))
         for cls, dtype in _TYPED.items():
             stand_in = _Typed(cls.__name__, (), {"of": cls, "dtype": dtype})
             stack.enter_context(patch.object(torch, cls.__name__, stand_in))
@@ -40,6 +48,33 @@ def constructors_recorded() -> Iterator[None]:
             del Tensor.__new__
             if before is not None:
                 Tensor.__new__ = before  # type: ignore[method-assign]
+
+
+def _of_elements(constructor: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The constructor, which stacks tensors of no dimensions in a list."""
+
+    @wraps(constructor)
+    def made(data: Any, *args: Any, **options: Any) -> Tensor:
+        leaves = pytree.tree_leaves(data) if isinstance(data, (list, tuple)) else []
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not tensors or any(t.dim() for t in tensors) or "pin_memory" in options or args:
+            return constructor(data, *args, **options)
+        dtype = options.get("dtype") or reduce(torch.promote_types, map(_dtype_of, leaves))
+        device, learns = options.get("device") or torch.get_default_device(), options.get("requires_grad", False)
+        parts = [x.detach() if isinstance(x, Tensor) else constructor(x) for x in leaves]
+        stacked = torch.stack([part.to(device, dtype) for part in parts]).reshape(_shape_of(data))
+        return stacked.requires_grad_() if learns else stacked
+
+    return made
+
+
+def _dtype_of(element: Any) -> torch.dtype:
+    return element.dtype if isinstance(element, Tensor) else torch.tensor(element).dtype
+
+
+def _shape_of(data: Any) -> list[int]:
+    """That of nested lists."""
+    return [len(data), *_shape_of(data[0])] if isinstance(data, (list, tuple)) else []
 
 
 class _Typed(type):

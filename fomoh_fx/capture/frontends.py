@@ -31,6 +31,11 @@ FRONTENDS: dict[str, Callable[[Root, Sequence[str], Any], Program]] = {
     "make_fx": from_make_fx,
     _AS_EAGERLY: partial(from_make_fx, is_exporting=False),
 }
+#: What to do, by a part of what a frontend says.
+_ADVICE = {
+    ".numpy() is not supported": "; a graph has no NumPy arrays: compute with torch, or before the call and pass the "
+    "result as an argument",
+}
 
 
 class DecidedByData(CaptureError):
@@ -96,4 +101,5 @@ def _reason(error: Exception) -> str:
     trace = "".join(traceback.format_tb(error.__traceback__))
     where = source_line(trace)
     message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"{type(error).__name__}: {message}" + (f" (at {where})" if where else "")
+    advice = next((advice for part, advice in _ADVICE.items() if part in message), "")
+    return f"{type(error).__name__}: {message}" + (f" (at {where})" if where else "") + advice

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.capture.state import STANDARD, is_record
+from fomoh_fx.capture.state import STANDARD, is_record, tensors_in
 
 _EXACT = {bool, int, str, type(None)}  # equal ones of one type are the same; of floats 0.0 and -0.0 are not
 _SIMPLE = {float, *_EXACT}
@@ -89,6 +89,14 @@ class Reader:
     def modules(self, top: nn.Module) -> tuple[Any, ...]:
         """What makes every submodule compute what it does, beside the numbers in its tensors."""
         return tuple([self._module(m) for m in top.modules()])
+
+    def callable(self, function: Any) -> Any:
+        """What may be read of a function or an object that is called: its tensors, which no module has, by identity."""
+        bound = [function.args, function.keywords] if isinstance(function, partial) else []
+        parts = (function, getattr(function, "__self__", None), *bound)
+        owned = [tensor for part in parts for tensor in tensors_in(part)]
+        self.kept += owned
+        return self.value(function), *map(id, owned)
 
     def value(self, value: Any) -> Any:
         """What may be read of any value."""

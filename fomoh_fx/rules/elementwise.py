@@ -293,6 +293,7 @@ ROWS: dict[Any, str | Formula] = {
     aten.deg2rad.default: "x*pi/180",
     aten.rad2deg.default: "x*180/pi",
     (aten.copysign.Tensor, aten.copysign.Scalar): Formula("", ("sign(x)*sign(y)", "0")),
+    aten.heaviside.default: Formula("", ("0", _cases("1, Eq(x, 0)", "0"))),
     (aten.fmod.Tensor, aten.fmod.Scalar): Formula("", ("1", "-truncated_quotient(x, w)")),
     (aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor): Formula(
         "", ("1", "-floored_quotient(x, w)")

@@ -41,7 +41,7 @@ DRAWS = [
 #: Piecewise constant values, comparisons, and results that are no floating-point numbers.
 STEPS = [
     aten.sign.default, aten.round.default, aten.round.decimals, aten.floor.default, aten.ceil.default,
-    aten.trunc.default, aten.heaviside.default, aten.floor_divide.default, aten.floor_divide.Scalar,
+    aten.trunc.default, aten.floor_divide.default, aten.floor_divide.Scalar,
     aten.signbit.default,
     aten.eq.Tensor, aten.eq.Scalar, aten.ne.Tensor, aten.ne.Scalar, aten.lt.Tensor, aten.lt.Scalar,
     aten.le.Tensor, aten.le.Scalar, aten.gt.Tensor, aten.gt.Scalar, aten.ge.Tensor, aten.ge.Scalar,

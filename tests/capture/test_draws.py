@@ -169,3 +169,17 @@ def test_a_generator_of_torch_is_refused():
         fomoh_fx.transform(lambda x: (x * torch.rand(3, generator=generator)).sum(), wrt="inputs")(
             torch.ones(3), tangents=(torch.ones(1, 3),)
         )
+
+
+def test_a_capture_draws_nothing():
+    """Beta samples of what the model writes out, which PyTorch computes while it traces."""
+
+    def mixed(x):
+        return x * torch.distributions.Beta(torch.tensor(0.4), torch.tensor(0.4)).sample()
+
+    hd, x = fomoh_fx.transform(mixed, wrt="inputs"), torch.ones(2)
+    for _ in range(2):
+        torch.manual_seed(0)
+        expected = mixed(x), torch.rand(())
+        torch.manual_seed(0)
+        torch.testing.assert_close((hd(x, tangents=(torch.ones(1, 2),)).primal, torch.rand(())), expected)

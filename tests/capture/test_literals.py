@@ -269,3 +269,29 @@ def test_not_a_number_in_a_constant_is_not_captured_again() -> None:
     for _ in range(2):
         hd(r(3), tangents=[r(2, 3)])
     assert len(hd._traced) == 1
+
+
+def a_rotation(x: Tensor, angle: Tensor) -> Tensor:
+    c, s = angle.cos(), angle.sin()
+    return x @ torch.tensor([[c, -s], [s, c]]) * torch.as_tensor([angle, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_that_are_written_out_have_their_values_and_no_derivative(dtype: torch.dtype) -> None:
+    hd = fomoh_fx.transform(a_rotation, wrt="inputs")
+    x, v = torch.randn(3, 2, dtype=dtype), torch.randn(1, 3, 2, dtype=dtype)
+    for angle in torch.rand(2, dtype=dtype):
+        out = hd(x, angle, tangents=(v, torch.ones(1, dtype=dtype)))
+        torch.testing.assert_close(out.primal, a_rotation(x, angle))
+        torch.testing.assert_close(out.tangent[0], a_rotation(v[0], angle))
+
+
+def test_numbers_beside_them_keep_their_kind() -> None:
+    def f(x: Tensor) -> Tensor:
+        count = torch.tensor([x.detach().sum().long(), 3])
+        assert count.dtype == torch.int64
+        return x * count.sum() * torch.tensor([x[0], True, 1], dtype=torch.float32)
+
+    x = torch.tensor([2.5, 1.0, 4.0])
+    out = fomoh_fx.transform(f, wrt="inputs")(x, tangents=(torch.ones(1, 3),))
+    torch.testing.assert_close(out.primal, f(x))

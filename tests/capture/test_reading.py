@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import fomoh_fx
 from fomoh_fx.capture.reading import Reader
 
 
@@ -141,3 +142,33 @@ def test_what_is_too_much_counts_by_identity():
 
 def test_what_counts_by_identity_is_kept_alive():
     assert OWNER in read(types.MethodType(method, OWNER))[1]
+
+
+class Weighted:
+    """A model or a loss that is an object, and no module."""
+
+    def __init__(self):
+        self.weight = torch.ones(3)
+
+    def __call__(self, x, y=0.0):
+        return (self.weight * (x - y) ** 2).mean()
+
+
+@pytest.mark.parametrize("how", ["object", "method", "partial"])
+@pytest.mark.parametrize("is_loss", [False, True])
+def test_a_tensor_of_an_object_that_is_called_may_be_replaced(how, is_loss):
+    weighted = Weighted()
+    function = {
+        "object": weighted,
+        "method": weighted.__call__,
+        "partial": functools.partial(lambda owner, x, y=0.0: owner(x, y), weighted),
+    }[how]
+    x, v = torch.randn(3), torch.randn(1, 3)
+    if is_loss:
+        hd, targets = fomoh_fx.transform(lambda x: x * 2, function, wrt="inputs"), (0.0,)
+    else:
+        hd, targets = fomoh_fx.transform(function, wrt="inputs"), None
+    for scale in (1.0, 5.0):
+        weighted.weight = torch.full((3,), scale)
+        out = hd(x, tangents=(v,), targets=targets)
+        torch.testing.assert_close(out.primal, function(2 * x if is_loss else x))

@@ -696,3 +696,11 @@ def test_division_by_a_number_that_may_be_zero(number):
         torch.testing.assert_close(out.primal, value, equal_nan=True)
         torch.testing.assert_close(out.tangent, scale * x.cos() * v, equal_nan=True)
         torch.testing.assert_close(out.hessian(), -scale * x.sin() * v[:, None] * v, equal_nan=True)
+
+
+def test_the_value_of_a_step_at_zero_has_a_derivative():
+    """Reverse mode has none; these are the differences."""
+    x, w, v = t(0.0, -1.0, 0.0, 2.0), r(4), r(2, 4)
+    out = fomoh_fx.transform(lambda w: torch.heaviside(x, w) ** 2, wrt="inputs")(w, tangents=(v,))
+    torch.testing.assert_close(out.tangent, 2 * w * v * (x == 0))
+    torch.testing.assert_close(out.hessian(), 2.0 * v[:, None] * v * (x == 0))
