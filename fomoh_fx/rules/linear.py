@@ -178,7 +178,7 @@ RESHAPES = [
 #: Copies: a component is never changed in place, so it needs none.
 COPIES = [
     aten.clone.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default,
-    aten._to_copy.default,
+    aten._to_copy.default, torch.ops.prims.convert_element_type.default,
 ]  # fmt: skip
 
 for op in [*MOVES, *SUMS]:

@@ -296,3 +296,16 @@ def test_a_dynamic_batch(name):
     y, tangents, crosses = reverse_over_reverse(function, [x], [v])
     assert relative_error(out.tangent, tangents) < 1e-12
     assert relative_error(out.hessian(), crosses) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_conversion_inside_what_pytorch_decomposes(dtype):
+    """renorm computes its norms in float32."""
+    x, v = (torch.randn(*s, dtype=torch.float64).to(dtype) for s in ((3, 4), (2, 3, 4)))
+    out, exact = (
+        fomoh_fx.transform(lambda x: torch.renorm(x, 2, 0, 1.0), wrt="inputs")(a, tangents=(b,))
+        for a, b in ((x, v), (x.double(), v.double()))
+    )
+    assert out.cross.dtype == dtype
+    for part, reference in ((out.tangent, exact.tangent), (out.cross, exact.cross)):
+        torch.testing.assert_close(part.double(), reference, rtol=0.1, atol=0.05)
