@@ -16,6 +16,7 @@ from torch._subclasses import fake_impls
 from torch.autograd import forward_ad
 from torch.export import _trace
 
+from fomoh_fx.capture.averages import cumulative_averages_recorded
 from fomoh_fx.capture.constructors import constructors_recorded
 from fomoh_fx.capture.literals import known_literals
 from fomoh_fx.capture.program import Root
@@ -41,6 +42,7 @@ def tracing_state() -> Iterator[None]:
         stack.enter_context(_transforms_left())
         stack.enter_context(known_literals())
         stack.enter_context(constructors_recorded())
+        stack.enter_context(cumulative_averages_recorded())
         stack.enter_context(_without_checks_of_values())
         yield
 

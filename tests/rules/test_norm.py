@@ -161,3 +161,29 @@ def test_a_half_type_stays():
     x = r(2, 4, dtype=torch.bfloat16)
     out = fomoh_fx.transform(layer, wrt="inputs")(x, tangents=(r(1, 2, 4, dtype=torch.bfloat16),))
     assert {out.primal.dtype, out.tangent.dtype, out.cross.dtype} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.BatchNorm1d, ()), (nn.BatchNorm2d, (2, 2)), (nn.BatchNorm3d, (1, 2, 2))]
+)
+def test_averages_over_all_batches(layer, shape):
+    """momentum=None: the buffers are as in the model after each call, and the derivative is that of any momentum."""
+    torch.manual_seed(0)
+    ours = layer(3, momentum=None).double()
+    theirs = copy.deepcopy(ours)
+    hd = fomoh_fx.transform(ours, lambda y: y.sin().mean())
+    weight, v = ours.weight, torch.randn(2, 3).double()
+    for training in (True, True, False, True):
+        ours.train(training)
+        theirs.train(training)
+        x = 2 * r(4, 3, *shape) + 1
+
+        def function(w, x=x):
+            return torch.func.functional_call(copy.deepcopy(theirs), {"weight": w}, (x,)).sin().mean()
+
+        value, tangent, cross = reverse_over_reverse(function, [weight], [v])
+        theirs(x)
+        out = hd(x, tangents={"weight": v}, targets=())
+        torch.testing.assert_close((out.primal, out.tangent, out.hessian()), (value, tangent, cross))
+        for buffer, expected in zip(ours.buffers(), theirs.buffers(), strict=True):
+            torch.testing.assert_close(buffer, expected)
