@@ -326,8 +326,9 @@ def _is_one(leaf: Any, before: Any, tensors: Mapping[str, Tensor]) -> bool:
 
 def _is_settled(old: Any, new: Any) -> bool:
     """Whether two values without tensors are equal."""
-    is_there = old is not _MISSING and new is not _MISSING
-    return is_there and is_plain(old) and is_plain(new) and are_equal(old, new)
+    if old is _MISSING or new is _MISSING or has_tensors(old) or has_tensors(new):  # which are not to be asked anything
+        return False
+    return is_plain(old) and is_plain(new) and are_equal(old, new)
 
 
 def _stands_in(tensor: Tensor) -> bool:
