@@ -231,6 +231,8 @@ def is_as_captured(program: Program, outside: Reading, tensors: Sequence[Tensor]
     """Whether what no signature can see is as it was: what a function or loss refers to, and constants."""
     if outside_of(program) != outside or not program.has_its_structures() or not program.is_tied_as_it_was():
         return False
+    if not program.has_its_numbers():
+        return False
     for what, node in zip(program.inputs, program.placeholders, strict=True):
         traced = node.meta["val"]
         if what.kind != "argument":

@@ -237,7 +237,10 @@ class HyperDualModule(nn.Module):
     ) -> Specialization:
         """One that serves the call, found again by its signature."""
         serving = (s for s in self._traced if s.covers(dims) and s.serves(signature, call.tensors))
-        found = next((s for s in serving if s.holds(call.tensors)), None) or self._compile(call, seeds, signature, dims)
+        found = next((s for s in serving if s.holds(call.tensors)), None)
+        if found is None:
+            found = self._compile(call, seeds, signature, dims)
+            found.signature = signature = signature_of(self.model, self.loss, call, seeds)  # without what it counts up
         key = replace(found.signature, shapes=signature.shapes)  # the rest is equal, and not kept for every size
         self._specializations.add(key, found, self.most_specializations)
         found.traced_with.append(
@@ -294,6 +297,7 @@ class HyperDualModule(nn.Module):
         signature: Signature, dims: list[dict[int, Any]] | None = None,
     ) -> Specialization:  # fmt: skip
         tops = [top for top in (self.model, self.loss, *program.outside) if isinstance(top, nn.Module)]
+        counted = {(module, name) for module, name, _ in program.counts}
         return Specialization(
             program,
             compiled,
@@ -308,7 +312,7 @@ class HyperDualModule(nn.Module):
             modes=modes(),
             outside=outside_of(program),
             parts=[(top, modules_of(top)) for top in tops],
-            settings=plain_settings(*tops),
+            settings=[setting for setting in plain_settings(*tops) if setting[:2] not in counted],
             lowering=self.lowering,
             run=run,
         )

@@ -18,6 +18,7 @@ from torch import SymBool, SymFloat, SymInt, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fomoh_fx.capture.reading import are_equal, is_plain
@@ -233,8 +234,11 @@ class Assignments:
                 self._note_sizes(watched, key, partial(_restore, holder, key), old, new, symbols)
                 continue
             if type(old) in _NUMBERS and type(new) in _NUMBERS:
-                if keys:  # those of modules are observed as they change
-                    self._note_numbers(watched, key, partial(holder.__setitem__, key), old, new)
+                self._note_numbers(watched, key, partial(holder.__setitem__, key), old, new)
+                continue
+            if isinstance(new, RemovableHandle):  # of a hook, which is assigned itself
+                self.numbers.append(self._change(watched, key, partial(_restore, holder, key), old, new))
+                _restore(holder, key, old)
                 continue
             if not keys and not (has_tensors(new) or has_tensors(old) or is_plain(old if new is _MISSING else new)):
                 continue
@@ -245,6 +249,10 @@ class Assignments:
                 found.append(Assignment(path, (*keys, key), "delete"))
             else:
                 found.append(self._taken_out(path, (*keys, key), "set", new, old is _MISSING))
+        if keys and [*holder] != [*before]:  # a model may go by the order, too
+            kept = dict(holder)
+            holder.clear()
+            holder.update({key: kept[key] for key in before})
         return found
 
     def _changes_of_list(self, watched: _Watched) -> list[Assignment]:

@@ -1,20 +1,17 @@
 """Numbers among a model's attributes, and in containers there, that a call changes.
 
-A graph has an attribute as a constant. Numbers that the second call would leave as they are, such as the largest length
-that a cache was made for, every call assigns, and the next one has a graph of its own. Those that every call changes
-(``self.step += 1``) stay as they are, if nothing depends on them, and are refused otherwise. Which of them these are is
-found by capturing again as the second call and some later ones would find the model; that the model does something at
-one call alone, ``if self.step == 100``, is not found.
+A graph has an attribute as a constant. What a call changes, such as the largest length that a cache was made for, it
+assigns, and the next call, which finds another value, has a graph of its own. Numbers that every call changes are
+refused if the graph depends on them. If not, those to which every call adds the same (``self.step += 1``) are counted,
+and do not need another graph. Which of them these are is found by capturing again as the second call and some later
+ones would find the model; that the model does something at one call alone, ``if self.step == 100``, is not found.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +19,11 @@ from torch import Tensor, nn
 from fomoh_fx.capture.assignments import Assignments, ChangedNumbers
 from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.program import Call, Program, Root
-from fomoh_fx.capture.threads import is_in
+from fomoh_fx.capture.reading import COUNTED
 from fomoh_fx.errors import CaptureError, FomohError
 from fomoh_fx.passes.retrace import without_autocast
 
+Changes = dict[Any, ChangedNumbers]
 _NUMBERS = (int, float)
 #: Numbers at which a count is looked at again: a model may depend on it only from some call on, or at every n-th.
 _LATE, _ROUND = 10**6 + 3, 2**10 * 3**3 * 5**6 * 7 * 11 * 13
@@ -38,11 +36,18 @@ def refuse_counted(capture: Callable[[], Program], model: Any, loss: Any, call: 
         CaptureError: the second call would have another graph, and the third one too.
     """
     program, first = _observed(capture)
-    if not first:
-        return program
+    if first:
+        _look_again(program, first, capture, Root(model, loss, call, outside=program.outside))
+    program.read = _numbers_of(program, model, loss)
+    return program
+
+
+def _look_again(program: Program, first: Changes, capture: Callable[[], Program], root: Root) -> None:
+    """Whether the graph depends on what was changed, and what becomes of that."""
     counted: list[ChangedNumbers] = []
+    seen: list[dict[Any, ChangedNumbers]] = []
     depends = False
-    with _after_a_call(program, first.values(), Root(model, loss, call, outside=program.outside)):
+    with _after_a_call(program, first.values(), root):
         try:
             same = _observed(capture)[0] if program.assignments else program  # but for the numbers
             _put(first.values(), [change.after for change in first.values()])
@@ -50,26 +55,61 @@ def refuse_counted(capture: Callable[[], Program], model: Any, loss: Any, call: 
         except FomohError:  # which the second call will raise
             second = {}
         else:
+            seen.append(second)
             counted = [change for key, change in first.items() if key in second]
             depends = bool(counted) and not same_graph(same, again)
-        for later in zip(*map(_later, counted), strict=True):
+        numbers = [change for change in counted if type(change.before) in _NUMBERS]
+        for later in zip(*map(_later, numbers), strict=True):
             if not depends:
-                _put(counted, later)
-                depends = not same_graph(same, _observed(capture)[0])
+                _put(numbers, later)
+                again, changes = _observed(capture)
+                seen.append(changes)
+                depends = not same_graph(same, again)
     if depends:
         names = " and ".join(change.name for change in counted)
         raise CaptureError(
-            f"model: changes the number {names} at every call, and computes with it, so the graph would have its first "
-            "value for ever. Keep it as a tensor in a buffer, or pass it as an argument"
+            f"model: changes the number {names} at every call, and computes with it or returns it, so the graph would "
+            "have its first value for ever. Keep it as a tensor in a buffer, or pass it as an argument"
         )
-    program.settled = [change for key, change in first.items() if key not in second]
-    for change in program.settled:
+    _assign(program, first, second, seen, root)
+
+
+def _assign(program: Program, first: Changes, second: Changes, seen: Sequence[Changes], root: Root) -> None:
+    """Let every call of the program change what the model changes; one that counts up leaves the graph as it is."""
+    modules = {id(vars(module)): module for module in root.modules() if module is not root}
+    counts, settled = [], []
+    for (holder, name), change in first.items():
+        if change.is_size and (holder, name) in second:
+            continue  # written at every call before it is read
         if change.is_size:
             raise CaptureError(
                 f"model: keeps the size of a dynamic dimension in {change.name}, where later calls find it. Leave that "
                 "dimension static, or pass the number as an argument"
             )
-    return program
+        if seen and holder in modules and _step(change) is not None and all(_is_counted(change, c) for c in seen):
+            counts.append((modules[holder], name, _step(change)))
+            COUNTED.setdefault(modules[holder], set()).add(name)
+        else:
+            settled.append(change)
+    program.counts, program.settled = counts, settled
+
+
+def _step(change: ChangedNumbers) -> float | None:
+    """What is added to a number."""
+    return change.after - change.before if type(change.before) in _NUMBERS and type(change.after) in _NUMBERS else None
+
+
+def _is_counted(change: ChangedNumbers, others: Changes) -> bool:
+    """Whether another run adds the same."""
+    return change.key in others and _step(others[change.key]) == _step(change)
+
+
+def _numbers_of(program: Program, model: Any, loss: Any) -> dict[tuple[int, str], Any]:
+    """The numbers in attributes that the graph may depend on."""
+    tops = [top for top in (model, loss, *program.outside) if isinstance(top, nn.Module)]
+    counted = {(id(module), name) for module, name, _ in program.counts}
+    found = {(id(m), name): value for top in tops for m in top.modules() for name, value in vars(m).items()}
+    return {key: value for key, value in found.items() if type(value) in _NUMBERS and key not in counted}
 
 
 @contextmanager
@@ -107,33 +147,10 @@ def _later(change: ChangedNumbers) -> tuple[Any, ...]:
     return change.before + _LATE * step, far - step, far
 
 
-def _observed(capture: Callable[[], Program]) -> tuple[Program, dict[Any, ChangedNumbers]]:
+def _observed(capture: Callable[[], Program]) -> tuple[Program, Changes]:
     """What is captured, and the numbers that were changed meanwhile, which are as they were."""
-    with _changes() as found:
-        program = capture()
-    return program, found | {change.key: change for change in program.numbers}
-
-
-@contextmanager
-def _changes() -> Iterator[dict[Any, ChangedNumbers]]:
-    """Note which numbers modules change to others; in the end each is what it was."""
-    found: dict[Any, ChangedNumbers] = {}
-    assign, thread = nn.Module.__setattr__, threading.get_ident()
-
-    def note(self: nn.Module, name: str, value: Any) -> None:
-        before = vars(self).get(name)
-        assign(self, name, value)
-        if is_in(thread) and type(value) in _NUMBERS and type(before) in _NUMBERS and value != before:
-            key = (id(vars(self)), name)  # a tracer wraps modules in others that share their attributes
-            first = found[key].before if key in found else before
-            put = partial(vars(self).__setitem__, name)
-            found[key] = ChangedNumbers(key, f"{type(self).__name__}.{name}", put, first, value)
-
-    try:
-        with patch.object(nn.Module, "__setattr__", note):
-            yield found
-    finally:
-        _undo(found.values())
+    program = capture()
+    return program, {change.key: change for change in program.numbers}
 
 
 def _undo(changes: Iterable[ChangedNumbers]) -> None:

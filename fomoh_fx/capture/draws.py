@@ -22,6 +22,7 @@ from torch import nn
 
 from fomoh_fx.capture.leaks import is_a_users
 from fomoh_fx.capture.program import Program
+from fomoh_fx.capture.reading import are_equal
 from fomoh_fx.capture.state import children, containers, written
 from fomoh_fx.errors import CaptureError
 from fomoh_fx.passes.dataflow import graphs_in
@@ -180,11 +181,15 @@ def _draws_at(end: float) -> Iterator[None]:
 
 
 def same_graph(one: Program, other: Program) -> bool:
-    """Whether two captures are of the same operations on the same constants, in the bodies of operators too."""
+    """Whether two captures are of the same operations on the same constants, in the bodies of operators too.
+
+    So are the numbers and the like that they return.
+    """
     ours, theirs = (
         [what.tensor for what in p.inputs if what.tensor is not None] + list(p.module.buffers()) for p in (one, other)
     )
     same = _code(one) == _code(other) and len(ours) == len(theirs)
+    same = same and are_equal(one.structure.others, other.structure.others)
     return same and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 

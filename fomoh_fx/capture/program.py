@@ -18,6 +18,7 @@ from fomoh_fx.capture.constants import AsConstants, argument
 from fomoh_fx.capture.conversions import conversions_checked
 from fomoh_fx.capture.finite import AssumeFinite
 from fomoh_fx.capture.hooks import gradient_hooks_checked, refuse_hooks_of_module
+from fomoh_fx.capture.reading import COUNTED
 from fomoh_fx.capture.semantics import ReverseModeSemantics, is_real
 from fomoh_fx.capture.state import Keys, follow, structure, tensors_in
 from fomoh_fx.capture.threads import is_in
@@ -295,7 +296,9 @@ class Program:
     refused: list[str] = field(default_factory=list)
     assignments: Sequence[Assignment] = ()  # their tensors are the last outputs
     numbers: Sequence[ChangedNumbers] = ()  # in containers, and the run changes them
-    settled: Sequence[ChangedNumbers] = ()  # what a call changes and the next one leaves as it is
+    settled: Sequence[ChangedNumbers] = ()  # what every call changes to the same
+    counts: Sequence[tuple[nn.Module, str, float]] = ()  # attributes, and what every call adds; nothing depends on them
+    read: Mapping[tuple[int, str], Any] = field(default_factory=dict)  # other numbers in attributes, by module and name
     tied: Sequence[tuple[Input, Input]] = ()  # an input, and another place that had its tensor
     structures: Sequence[tuple[nn.Module, str, Any]] = ()  # attributes with containers, and what the graph is for
     detached: Sequence[Input] = ()  # inputs of which the graph has no derivative, as the model detaches them
@@ -318,6 +321,15 @@ class Program:
             made.apply(filled)
         for change in self.settled:
             change.put(change.after)
+        for module, name, step in self.counts:
+            setattr(module, name, getattr(module, name) + step)
+
+    def has_its_numbers(self) -> bool:
+        """Whether what other graphs count up is as it was, where this one may depend on it."""
+        counted = ((module, name) for module, names in COUNTED.items() for name in names)
+        return all(
+            getattr(m, name, None) == self.read[id(m), name] for m, name in counted if (id(m), name) in self.read
+        )
 
     def is_tied_as_it_was(self) -> bool:
         """Whether what is one input is still one tensor; Dynamo reads this."""

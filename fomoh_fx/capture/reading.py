@@ -13,6 +13,7 @@ from enum import Enum
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,10 @@ _CONSTANTS = {
 }  # fmt: skip
 _MOST = 10_000  # objects and containers that are read for their contents
 _MOST_BYTES = 2**20  # of an array that is read for its contents
+
+
+#: By module, its attributes that some graph counts up and does not depend on: they are read by the graphs that do.
+COUNTED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ class Reader:
 
     def _module(self, module: nn.Module) -> tuple[Any, ...]:
         own = vars(module)
+        unread = STANDARD | COUNTED[module] if module in COUNTED else STANDARD
         children = own["_modules"]
         self.kept.append(module)
         return (
@@ -139,12 +145,15 @@ class Reader:
             tuple(own["_backward_hooks"]),
             tuple([(name, self.tensor(t)) for name, t in own["_parameters"].items()]),
             tuple([(name, self.tensor(t)) for name, t in own["_buffers"].items()]),
-            tuple([(name, self.value(value)) for name, value in own.items() if name not in STANDARD]),
+            tuple([(name, self.value(value)) for name, value in own.items() if name not in unread]),
         )
 
     def _other(self, value: Any) -> Any:
         """What may be read of what is neither plain, nor a tensor, nor a list or dictionary."""
-        if isinstance(value, (nn.Module, type, Enum)):
+        if isinstance(value, (type, Enum)):  # of which there is one
+            self.kept.append(value)
+            return "is", id(value)
+        if isinstance(value, nn.Module):
             return self._identity(value)
         if isinstance(value, MethodType):
             return MethodType, value.__func__, self.value(value.__self__)
@@ -213,7 +222,7 @@ class Reader:
 
     def _unknown(self, value: Any) -> Any:
         """What counts by identity, and so does the object that has it; a constant of a library goes by equality."""
-        self.is_plain = False
+        self.is_plain &= type(value).__eq__ is not object.__eq__ and not isinstance(value, ReferenceType)
         if type(value).__eq__ is not object.__eq__ and _is_hashable(value):
             return type(value), value
         if self._objects and not callable(value):

@@ -7,7 +7,7 @@ by a module and keys: the name of an attribute, and then keys, indices and names
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import UserDict, UserList, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -36,7 +36,7 @@ def children(value: Any) -> dict[Any, Any] | None:
 
 def is_record(value: Any) -> bool:
     """Whether it is an object that a model has for its data, as a dataclass."""
-    if isinstance(value, SimpleNamespace):
+    if isinstance(value, (SimpleNamespace, UserDict, UserList)):
         return True
     if isinstance(value, _NOT_RECORDS) or not hasattr(value, "__dict__"):
         return False

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch._subclasses import fake_impls
 from torch.autograd import forward_ad
 from torch.export import _trace
+from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 
 from fomoh_fx.capture.averages import cumulative_averages_recorded
 from fomoh_fx.capture.constructors import constructors_recorded
@@ -42,6 +43,8 @@ def tracing_state() -> Iterator[None]:
         stack.enter_context(_transforms_left())
         stack.enter_context(known_literals())
         stack.enter_context(constructors_recorded())
+        # Stand-ins for modules that have several names would tell by which one a model met them, and be no longer one.
+        stack.enter_context(patch.object(_ModuleStackTracer, "getattr", fx.Tracer.getattr))
         stack.enter_context(cumulative_averages_recorded())
         stack.enter_context(_without_checks_of_values())
         yield
