@@ -351,7 +351,7 @@ def symbolic(value: Any) -> list[Any]:
 
 def _restore(holder: Any, key: Any, old: Any) -> None:
     if old is _MISSING:
-        del holder[key]
+        holder.pop(key, None)
     else:
         holder[key] = old
 

@@ -86,8 +86,9 @@ def _assign(program: Program, first: Changes, second: Changes, seen: Sequence[Ch
                 f"model: keeps the size of a dynamic dimension in {change.name}, where later calls find it. Leave that "
                 "dimension static, or pass the number as an argument"
             )
-        if seen and holder in modules and _step(change) is not None and all(_is_counted(change, c) for c in seen):
-            counts.append((modules[holder], name, _step(change)))
+        step = _step(change)
+        if seen and holder in modules and step is not None and all(_is_counted(change, c) for c in seen):
+            counts.append((modules[holder], name, step))
             COUNTED.setdefault(modules[holder], set()).add(name)
         else:
             settled.append(change)

@@ -1,6 +1,9 @@
 """Plain data that a model keeps in its attributes while it runs: the next call finds them, as in the model."""
 
 import copy
+import enum
+from collections import UserDict
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -120,7 +123,55 @@ def one_only_beside_a_tensor(model, x, step):
     return model.table * model.kept * 3
 
 
+class Mode(enum.Enum):
+    A = 1.0
+    B = 2.0
+
+
+def an_enumeration(model, x, step):
+    before, model.kept = model.kept, Mode.B
+    return before.value
+
+
+def a_mean_of_lengths(model, x, step):
+    """Counted while it trains, and read afterwards."""
+    if not model.training:
+        return model.total / model.kept
+    model.kept += 1
+    model.total += 3
+    return 1.0
+
+
+def oldest_key_dropped(model, x, step):
+    model.kept[x.shape[0]] = step
+    if len(model.kept) > 2:
+        del model.kept[next(iter(model.kept))]
+    return sum(model.kept.values())
+
+
+def a_user_dictionary(model, x, step):
+    before = model.kept.get("length", 2)
+    model.kept["length"] = x.shape[0]
+    return before
+
+
+def a_log(model, x, step):
+    """It grows, and what is computed depends on it only later."""
+    model.kept.append(x.shape[0])
+    return 1 / max(model.kept)
+
+
+def one_module_of_two_names(model, x, step):
+    return 2.0 if model.layer is model.same else 1.0
+
+
 MODELS = {
+    "enumeration": lambda: Keeps(an_enumeration, kept=Mode.A),
+    "mean": lambda: Keeps(a_mean_of_lengths, kept=0, total=0),
+    "oldest": lambda: Keeps(oldest_key_dropped, kept={}),
+    "user dictionary": lambda: Keeps(a_user_dictionary, kept=UserDict()),
+    "log": lambda: Keeps(a_log, kept=[9]),
+    "two names": lambda: with_two_names(Keeps(one_module_of_two_names)),
     "first batch": lambda: Keeps(from_the_first_batch, kept=None),
     "first call": lambda: Keeps(at_the_first_call, kept=0),
     "longest": lambda: Keeps(longest, kept=0),
@@ -140,8 +191,13 @@ MODELS = {
 }
 
 
+def with_two_names(model):
+    model.same = model.layer
+    return model
+
+
 def data(model):
-    return {name: value for name, value in vars(model).items() if name in ("kept", "table", "made")}
+    return {name: value for name, value in vars(model).items() if name in ("kept", "table", "made", "total")}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -154,6 +210,8 @@ def test_it_is_there_at_the_next_call(name):
     v = torch.randn(2, *weight.shape).double()
     for length, step in ((4, 1.0), (6, 0.5), (6, 0.5), (3, 0.25), (3, 0.25), (8, 2.0), (4, 1.0)):
         x = torch.randn(length, 3).double()
+        ours.train(length > 3)
+        theirs.train(length > 3)
 
         def function(w, x=x, step=step):
             return torch.func.functional_call(copy.deepcopy(theirs), {"layer.weight": w}, (x, step))
@@ -214,3 +272,65 @@ def test_a_dynamic_size_that_is_written_before_it_is_read_is_served():
         x = torch.randn(length, 3).double()
         torch.testing.assert_close(hd(x, tangents=v).primal, copy.deepcopy(model)(x).detach())
     assert len(hd._traced) == 1
+
+
+def test_a_count_that_nothing_depends_on_is_not_captured_again():
+    def counted(model, x, step):
+        model.kept += 1
+        return 2.0
+
+    model = Keeps(counted, kept=0)
+    hd, x = fomoh_fx.transform(model), torch.randn(4, 3).double()
+    for calls in range(1, 5):
+        hd(x, tangents={"layer.bias": torch.ones(1, 2).double()})
+        assert model.kept == calls
+    assert len(hd._traced) == 1
+
+
+def test_a_count_that_is_returned_is_refused():
+    class Returns(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x), self.calls
+
+    model = Returns(3, 2)
+    model.calls = 0
+    with pytest.raises(CaptureError, match="computes with it or returns it"):
+        fomoh_fx.transform(model)(torch.randn(4, 3), tangents={"bias": torch.ones(1, 2)})
+
+
+def test_a_hook_that_the_first_call_installs_is_installed_once():
+    class Hooks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.handle = nn.Linear(3, 2), None
+
+        def forward(self, x):
+            if self.handle is None:
+                self.handle = self.layer.register_forward_hook(lambda module, args, y: 2 * y)
+            return self.layer(x)
+
+    ours = Hooks()
+    theirs = copy.deepcopy(ours)
+    hd = fomoh_fx.transform(ours)
+    for x in torch.randn(3, 4, 3):
+        torch.testing.assert_close(hd(x, tangents={"layer.bias": torch.ones(1, 2)}).primal, theirs(x).detach())
+        assert len(ours.layer._forward_hooks) == 1
+
+
+@dataclass(slots=True)
+class Slots:
+    mean: object = None
+
+
+def test_a_tensor_kept_in_an_object_with_slots_is_refused_and_removed():
+    def kept(model, x, step):
+        model.kept.mean = model.layer(x).detach().mean()
+        return 1.0
+
+    model = Keeps(kept, kept=Slots())
+    with pytest.raises(CaptureError, match="keeps a tensor that it computes in an object of type Slots"):
+        fomoh_fx.transform(model)(torch.randn(4, 3).double(), tangents={"layer.bias": torch.ones(1, 2).double()})
+    assert model.kept.mean is None
