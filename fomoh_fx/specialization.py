@@ -16,7 +16,7 @@ from fomoh_fx.capture.assignments import COMPUTED_FROM
 from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.layouts import has_its_layouts
 from fomoh_fx.capture.overlaps import refuse_overlaps
-from fomoh_fx.capture.reading import Reader, Reading, kind_of
+from fomoh_fx.capture.reading import Reader, Reading, kind_of, unusual_strides_of
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.low_rank import factors
 from fomoh_fx.lower import Lowering
@@ -88,7 +88,7 @@ class Specialization:
         """
         if self.dims is not None or self.signature.request != signature.request:
             return False
-        ours, theirs = (([o.kind for o in p.outputs], _inputs_like(p)) for p in (self.program, program))
+        ours, theirs = (([o.kind for o in p.outputs], _inputs_like(p), [*p.layouts]) for p in (self.program, program))
         return ours == theirs and same_graph(self.program, program)
 
     def covers(self, dims: list[dict[int, Any]] | None) -> bool:
@@ -205,8 +205,8 @@ class Specialization:
 
 def _inputs_like(program: Program) -> list[Any]:
     """What the inputs of a graph are, and of which kinds."""
-    placed = zip(program.inputs, program.placeholders, strict=True)
-    return [(what.kind, what.name, what.index, kind_of(node.meta["val"])) for what, node in placed]
+    placed = [(what, node.meta["val"]) for what, node in zip(program.inputs, program.placeholders, strict=True)]
+    return [(what.kind, what.name, what.index, kind_of(val), unusual_strides_of(val)) for what, val in placed]
 
 
 @dataclass(frozen=True)
