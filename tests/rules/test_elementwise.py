@@ -24,6 +24,9 @@ aten = torch.ops.aten
 inf, nan = math.inf, math.nan
 
 
+#: Reverse mode has no derivative of it: :func:`test_the_value_of_a_step_at_zero_has_a_derivative`.
+TESTED_OTHERWISE = [aten.heaviside.default]
+
 GENERATOR = torch.Generator().manual_seed(0)
 
 

@@ -72,6 +72,9 @@ MOVES = {
     ],
 }
 
+#: Reverse mode has no derivative of it: :func:`test_a_conversion_inside_what_pytorch_decomposes`.
+TESTED_OTHERWISE = [torch.ops.prims.convert_element_type.default]
+
 SUMS = {
     aten.sum.default: [Sample((r(2, 3),)), Sample((r(),))],
     aten.sum.dim_IntList: [Sample((r(2, 3, 2), [0, -1])), Sample((r(2, 3), [1], True)), Sample((r(2, 3), None))],

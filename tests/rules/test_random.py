@@ -33,7 +33,7 @@ CONSTANTS = {
         aten.detach.default, torch.ops.fomoh_fx.stop_gradient.default,
     )},
     **{op: [TWO] for op in (
-        aten.heaviside.default, aten.floor_divide.default, aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor,
+        aten.floor_divide.default, aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor,
         aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor, aten.logical_and.default, aten.logical_or.default,
         aten.logical_xor.default, aten.equal.default,
     )},
