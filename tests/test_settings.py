@@ -1,5 +1,7 @@
 """What a model reads while it is captured is part of the signature: after a change it is captured again."""
 
+import subprocess
+import sys
 from contextlib import contextmanager
 from types import MethodType, SimpleNamespace
 
@@ -361,3 +363,19 @@ def test_an_argument_that_is_changed_in_place(argument):
             argument.k = number
         torch.testing.assert_close(hd(X, argument, tangents=(X[None], None)).primal, function(X, argument))
     assert len(hd._traced) == 2
+
+
+def test_a_capture_leaves_what_pytorch_makes_on_a_device():
+    """In a process of its own: PyTorch looks up once which functions these are, perhaps while a model is captured."""
+    program = """
+import torch, fomoh_fx
+
+def model(x):
+    with torch.device("cpu"):
+        return (x * torch.ones(3)).sum()
+
+fomoh_fx.transform(model, wrt="inputs")(torch.ones(2, 3), tangents=(torch.ones(1, 2, 3),))
+with torch.device("meta"):
+    assert torch.tensor(1.0).is_meta and torch.as_tensor([1.0]).is_meta and torch.get_default_device().type == "meta"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._device import _device_constructors
 
 _TYPED = {
     torch.FloatTensor: torch.float32, torch.DoubleTensor: torch.float64, torch.HalfTensor: torch.float16,
@@ -34,6 +35,7 @@ def constructors_recorded() -> Iterator[None]:
             return torch._C.TensorBase.__new__(cls, *args, **options)
         return _made(torch.get_default_dtype(), args, options)
 
+    _device_constructors()  # which PyTorch looks up once, and for good
     with ExitStack() as stack:
         for name in ("tensor", "as_tensor"):
             stack.enter_context(patch.object(torch, name, _of_elements(getattr(torch, name))))
