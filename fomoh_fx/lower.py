@@ -42,5 +42,10 @@ def inductor(module: fx.GraphModule, dynamic: bool, **options: Any) -> Callable[
     return run
 
 
+def uses_inductor(lowering: Lowering) -> bool:
+    """Whether programs may be lowered by Inductor: the caller has asked for it, or for no other backend."""
+    return lowering is not eager and getattr(lowering, "keywords", {}).get("backend", "inductor") == "inductor"
+
+
 def _share_memory(tensors: Sequence[Tensor]) -> bool:
     return len({x.untyped_storage()._cdata for x in tensors}) < len(tensors)

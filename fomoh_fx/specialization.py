@@ -86,7 +86,10 @@ class Specialization:
 
         A model may have changed an attribute on which its graph does not depend. Not where dimensions are dynamic.
         """
-        if self.dims is not None or self.signature.request != signature.request:
+        mine = self.signature
+        if self.dims is not None or (mine.shapes, mine.request) != (signature.shapes, signature.request):
+            return False
+        if mine.call[:2] != signature.call[:2]:  # structure and kinds of the arguments
             return False
         ours, theirs = (([o.kind for o in p.outputs], _inputs_like(p), [*p.layouts]) for p in (self.program, program))
         return ours == theirs and same_graph(self.program, program)

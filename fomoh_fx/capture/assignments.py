@@ -284,7 +284,7 @@ class Assignments:
         self.numbers.append(replace(change, after=example, is_size=True))
 
     def _note_numbers(self, watched: _Watched, key: Any, put: Callable[[Any], None], before: Any, after: Any) -> None:
-        if before != after:
+        if not are_equal(before, after):  # 1 and 1.0 are not
             self.numbers.append(self._change(watched, key, put, before, after))
         put(before)
 
@@ -303,7 +303,9 @@ class Assignments:
 
     def _flat(self, value: Any) -> tuple[list[Any], Any]:
         """The leaves and their structure; containers that are watched themselves are leaves."""
-        return pytree.tree_flatten(value, is_leaf=lambda x: x is not value and self.watches(x))
+        return pytree.tree_flatten(
+            value, is_leaf=lambda x: isinstance(x, torch.Size) or (x is not value and self.watches(x))
+        )
 
     def watches(self, value: Any) -> bool:
         """Whether it is a container from before the run, and what is in it is watched."""

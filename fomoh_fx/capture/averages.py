@@ -27,7 +27,8 @@ def cumulative_averages_recorded() -> Iterator[None]:
         count.add_(1)
         with torch.no_grad():
             axes = [d for d in range(input.dim()) if d != 1]
-            variance, mean = torch.var_mean(input, axes)
+            wide = torch.promote_types(input.dtype, self.running_mean.dtype)
+            variance, mean = torch.var_mean(input.to(wide), axes)
             for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
                 running.add_((batch.to(running.dtype) - running) / count)
         return torch.nn.functional.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)

@@ -36,9 +36,10 @@ def refuse_counted(capture: Callable[[], Program], model: Any, loss: Any, call: 
         CaptureError: the second call would have another graph, and the third one too.
     """
     program, first = _observed(capture)
+    root = Root(model, loss, call, outside=program.outside)
     if first:
-        _look_again(program, first, capture, Root(model, loss, call, outside=program.outside))
-    program.read = _numbers_of(program, model, loss)
+        _look_again(program, first, capture, root)
+    program.read = {id(module): _plain_attributes(module) for module in root.modules() if module is not root}
     return program
 
 
@@ -105,12 +106,10 @@ def _is_counted(change: ChangedNumbers, others: Changes) -> bool:
     return change.key in others and _step(others[change.key]) == _step(change)
 
 
-def _numbers_of(program: Program, model: Any, loss: Any) -> dict[tuple[int, str], Any]:
-    """The numbers in attributes that the graph may depend on."""
-    tops = [top for top in (model, loss, *program.outside) if isinstance(top, nn.Module)]
-    counted = {(id(module), name) for module, name, _ in program.counts}
-    found = {(id(m), name): value for top in tops for m in top.modules() for name, value in vars(m).items()}
-    return {key: value for key, value in found.items() if type(value) in _NUMBERS and key not in counted}
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What some graph may count up and this one depend on."""
+    kinds = (*_NUMBERS, bool, str, type(None))
+    return {name: value for name, value in vars(module).items() if type(value) in kinds}
 
 
 @contextmanager
@@ -140,9 +139,7 @@ def _assigned_values(program: Program, arguments: Sequence[Tensor]) -> list[Tens
 
 
 def _later(change: ChangedNumbers) -> tuple[Any, ...]:
-    """What the number may be at other calls, before they change it; what is in a list stays as it is after one."""
-    if type(change.before) not in _NUMBERS:
-        return (change.after,) * 3
+    """What the number may be at other calls, before they change it."""
     step = change.after - change.before
     far = _ROUND if step > 0 else -_ROUND
     return change.before + _LATE * step, far - step, far

@@ -18,13 +18,15 @@ from fomoh_fx.capture.constants import AsConstants, argument
 from fomoh_fx.capture.conversions import conversions_checked
 from fomoh_fx.capture.finite import AssumeFinite
 from fomoh_fx.capture.hooks import gradient_hooks_checked, refuse_hooks_of_module
-from fomoh_fx.capture.reading import COUNTED
+from fomoh_fx.capture.reading import COUNTED, are_equal
 from fomoh_fx.capture.semantics import ReverseModeSemantics, is_real
 from fomoh_fx.capture.state import Keys, follow, structure, tensors_in
 from fomoh_fx.capture.threads import is_in
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.passes.dataflow import draws, graphs_in
 from fomoh_fx.passes.provenance import RecordSourceLines
+
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -298,7 +300,7 @@ class Program:
     numbers: Sequence[ChangedNumbers] = ()  # in containers, and the run changes them
     settled: Sequence[ChangedNumbers] = ()  # what every call changes to the same
     counts: Sequence[tuple[nn.Module, str, float]] = ()  # attributes, and what every call adds; nothing depends on them
-    read: Mapping[tuple[int, str], Any] = field(default_factory=dict)  # other numbers in attributes, by module and name
+    read: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # by module, what its attributes were
     tied: Sequence[tuple[Input, Input]] = ()  # an input, and another place that had its tensor
     structures: Sequence[tuple[nn.Module, str, Any]] = ()  # attributes with containers, and what the graph is for
     detached: Sequence[Input] = ()  # inputs of which the graph has no derivative, as the model detaches them
@@ -326,10 +328,10 @@ class Program:
 
     def has_its_numbers(self) -> bool:
         """Whether what other graphs count up is as it was, where this one may depend on it."""
-        counted = ((module, name) for module, names in COUNTED.items() for name in names)
-        return all(
-            getattr(m, name, None) == self.read[id(m), name] for m, name in counted if (id(m), name) in self.read
-        )
+        own = {(id(module), name) for module, name, _ in self.counts}
+        counted = [(m, name) for m, names in COUNTED.items() if id(m) in self.read for name in names]
+        others = [(m, name) for m, name in counted if (id(m), name) not in own]
+        return all(are_equal(self.read[id(m)].get(name, _ABSENT), getattr(m, name, _ABSENT)) for m, name in others)
 
     def is_tied_as_it_was(self) -> bool:
         """Whether what is one input is still one tensor; Dynamo reads this."""

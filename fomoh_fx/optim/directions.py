@@ -83,7 +83,7 @@ class RandomDirections(Directions):
         self._previous: Stacks = {}
 
     def lower(self, lowering: lower.Lowering) -> None:
-        self.streams.lowered = lowering is not lower.eager
+        self.streams.lowered = lower.uses_inductor(lowering)
 
     def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Proposed:
         del batch

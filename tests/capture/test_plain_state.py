@@ -225,8 +225,10 @@ def test_it_is_there_at_the_next_call(name):
         ours_now, theirs_now = data(ours), data(theirs)
         assert ours_now.keys() == theirs_now.keys()
         for key, kept in ours_now.items():
-            torch.testing.assert_close(kept, theirs_now[key]) if key == "table" else None
-            assert key == "table" or kept == theirs_now[key]
+            if isinstance(kept, torch.Tensor):
+                torch.testing.assert_close(kept, theirs_now[key])
+            else:
+                assert kept == theirs_now[key] and type(kept) is type(theirs_now[key])
 
 
 def test_what_does_not_matter_is_not_compiled_again():
@@ -334,3 +336,35 @@ def test_a_tensor_kept_in_an_object_with_slots_is_refused_and_removed():
     with pytest.raises(CaptureError, match="keeps a tensor that it computes in an object of type Slots"):
         fomoh_fx.transform(model)(torch.randn(4, 3).double(), tangents={"layer.bias": torch.ones(1, 2).double()})
     assert model.kept.mean is None
+
+
+def test_a_whole_number_that_becomes_one_with_a_point_is_another():
+    def kept(model, x, step):
+        before, model.kept = model.kept, 1.0
+        return 2.0 if isinstance(before, int) else 1.0
+
+    ours = Keeps(kept, kept=1)
+    theirs, hd = copy.deepcopy(ours), fomoh_fx.transform(ours)
+    for _ in range(3):
+        x = torch.randn(4, 3).double()
+        torch.testing.assert_close(hd(x, tangents={"layer.bias": torch.ones(1, 2).double()}).primal, theirs(x).detach())
+
+
+def test_a_graph_that_read_nothing_there_is_not_that_of_a_count():
+    """What one mode counts up, another reads: also where the user has reset it."""
+
+    def kept(model, x, step):
+        if not model.training:
+            return 1.0 if model.kept is None else model.kept
+        model.kept = (model.kept or 0) + 1
+        return 2.0
+
+    ours = Keeps(kept, kept=0)
+    theirs, hd = copy.deepcopy(ours), fomoh_fx.transform(ours)
+    for training, reset in ((True, False), (True, False), (False, True), (True, False), (True, False), (False, False)):
+        for model in (ours, theirs):
+            model.train(training)
+            model.kept = None if reset else model.kept
+        x = torch.randn(4, 3).double()
+        torch.testing.assert_close(hd(x, tangents={"layer.bias": torch.ones(1, 2).double()}).primal, theirs(x).detach())
+        assert ours.kept == theirs.kept
