@@ -327,7 +327,9 @@ class Program:
             setattr(module, name, getattr(module, name) + step)
 
     def has_its_numbers(self) -> bool:
-        """Whether what other graphs count up is as it was, where this one may depend on it."""
+        """Whether what this graph counts up are numbers, and what others do is as it was: this one may depend on it."""
+        if any(type(getattr(module, name, None)) not in (int, float) for module, name, _ in self.counts):
+            return False
         own = {(id(module), name) for module, name, _ in self.counts}
         counted = [(m, name) for m, names in COUNTED.items() if id(m) in self.read for name in names]
         others = [(m, name) for m, name in counted if (id(m), name) not in own]
