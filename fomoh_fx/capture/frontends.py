@@ -19,6 +19,7 @@ from fomoh_fx.capture.known import fold_known
 from fomoh_fx.capture.layouts import note_layouts
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.program import Program, Root
+from fomoh_fx.capture.reasons import Reason, each_once, without_locals
 from fomoh_fx.capture.refusals import raise_what_was_caught
 from fomoh_fx.capture.tracing import containers_kept, foreign_restored, tracing_state
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
@@ -30,11 +31,6 @@ FRONTENDS: dict[str, Callable[[Root, Sequence[str], Any], Program]] = {
     "torch.export": from_export,
     "make_fx": from_make_fx,
     _AS_EAGERLY: partial(from_make_fx, is_exporting=False),
-}
-#: What to do, by a part of what a frontend says.
-_ADVICE = {
-    ".numpy() is not supported": "; a graph has no NumPy arrays: compute with torch, or before the call and pass the "
-    "result as an argument",
 }
 
 
@@ -59,7 +55,8 @@ def first_that_works(root: Root, names: Sequence[str], dynamic_shapes: Any) -> P
 
 
 def _by_some_frontend(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program | CaptureError:
-    refused: list[str] = []
+    refused: list[Reason] = []
+    cause: BaseException | None = None
     decided_by_data = False
     for name, frontend in FRONTENDS.items():
         if decided_by_data and name == _AS_EAGERLY:  # where a model asks for more values
@@ -74,14 +71,14 @@ def _by_some_frontend(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         except FomohError:
             raise
         except Exception as error:
-            refused.append(f"{name}: {_reason(error)}")
+            refused.append(Reason.of(name, error))
+            cause = without_locals(error)
             decided_by_data |= isinstance(error, DECIDED_BY_DATA)
             if dynamic_shapes is not None:  # only torch.export captures them
-                reasons = refusals(error, names) or [_reason(error)]
-                kind = DecidedByData if decided_by_data else CaptureError
-                return kind("\n  ".join(["dynamic_shapes: torch.export does not capture them:", *reasons]))
+                reasons = refusals(error, names) or [refused[-1].text]
+                return _refused("dynamic_shapes: torch.export does not capture them:", reasons, decided_by_data, cause)
             continue
-        program.refused, program.outside = refused, tuple(root.outside)
+        program.refused, program.outside = [str(reason) for reason in refused], tuple(root.outside)
         program.constants = [(constant_of(root, name, names), v.clone()) for name, v in (root.constants or {}).items()]
         share_tied(program)
         fold_known(program, root.foreign)
@@ -92,14 +89,11 @@ def _by_some_frontend(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         note_assignments(program, root, names)
         program.ties = ties(program, root)
         return program
-    kind, lines = (DecidedByData, [*refused, ADVICE]) if decided_by_data else (CaptureError, refused)
-    return kind("\n  ".join(["model: no frontend could capture it as one graph", *lines]))
+    lines = [*each_once(refused), ADVICE] if decided_by_data else each_once(refused)
+    return _refused("model: no frontend could capture it as one graph", lines, decided_by_data, cause)
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what a frontend said, and the user's line that it was at."""
-    trace = "".join(traceback.format_tb(error.__traceback__))
-    where = source_line(trace)
-    message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    advice = next((advice for part, advice in _ADVICE.items() if part in message), "")
-    return f"{type(error).__name__}: {message}" + (f" (at {where})" if where else "") + advice
+def _refused(what: str, lines: Sequence[str], is_by_data: bool, cause: BaseException | None) -> CaptureError:
+    error = (DecidedByData if is_by_data else CaptureError)("\n  ".join([what, *lines]))
+    error.__cause__ = cause
+    return error

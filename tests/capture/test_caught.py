@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import fomoh_fx
 from fomoh_fx.errors import CaptureError
@@ -115,3 +116,24 @@ def test_an_error_that_the_model_makes_itself_is_no_matter():
             return x.sin().sum()
 
     torch.testing.assert_close(second(function).tangent[0], 6 * torch.ones((), dtype=torch.float64).cos())
+
+
+class Limited(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        if len(x) > 4:
+            raise KeyError(f"{len(x)} samples")
+        return self.layer(x).sum()
+
+
+def test_an_error_of_the_model_is_the_cause():
+    """It is told once, with the line that raised it."""
+    x = torch.ones(5, 3, dtype=torch.float64)
+    with pytest.raises(CaptureError) as caught:
+        fomoh_fx.grad(Limited())(x)
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert str(caught.value).count("5 samples") == 1
+    assert "raise KeyError" in str(caught.value) and "make_fx" not in str(caught.value)
