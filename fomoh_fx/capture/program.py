@@ -20,7 +20,7 @@ from fomoh_fx.capture.finite import AssumeFinite
 from fomoh_fx.capture.hooks import gradient_hooks_checked, refuse_hooks_of_module
 from fomoh_fx.capture.reading import COUNTED, are_equal
 from fomoh_fx.capture.semantics import ReverseModeSemantics, is_real
-from fomoh_fx.capture.state import Keys, follow, structure, tensors_in
+from fomoh_fx.capture.state import Keys, follow, replaced, structure, tensors_in
 from fomoh_fx.capture.threads import is_in
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.passes.dataflow import draws, graphs_in
@@ -174,14 +174,15 @@ class Root(nn.Module):
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         with ExitStack() as stack:
             constants = self.observed.constants = stack.enter_context(AsConstants(self, self.constants, self.flags))
-            assignments = Assignments(self)
             given = constants.of(tensors)
             args, kwargs, targets = self.call.rebuild(given)
             known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
-            # those that are in containers, too
             known |= {id(self.own[name]): t for name, t in self._own().items() if name in self.own}
             leaves = [tensors[i] for i in self.call.differentiated]
             names = self._names(given)
+            # The model meets its own tensors, which it may have elsewhere, too; functions get what stands for them.
+            stack.enter_context(replaced(self, {id(t): self.own[name] for name, t in self._every().items()}))
+            assignments = Assignments(self)
             semantics = self.observed.semantics = ReverseModeSemantics(known, self.observed.before, leaves, names)
             assignments.same = partial(_same, names, semantics)
             for context in (

@@ -30,6 +30,7 @@ from fomoh_fx.capture.aliases import Aliases, is_differentiable, is_view, stoppe
 from fomoh_fx.capture.constants import KEEP_STATISTICS
 from fomoh_fx.capture.constructors import class_of
 from fomoh_fx.capture.control_flow import higher_order_operators
+from fomoh_fx.capture.entrances import entrances_noticed
 from fomoh_fx.capture.untraceable import traceable
 from fomoh_fx.custom_functions import FunctionCall, Template, apply_of_library, functions_called, of_library
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
@@ -173,6 +174,7 @@ class ReverseModeSemantics(TorchFunctionMode):
     def __enter__(self) -> ReverseModeSemantics:
         self._patches.enter_context(functions_called(_record_function))
         self._patches.enter_context(higher_order_operators())
+        self._patches.enter_context(entrances_noticed(self.own))
         # PyTorch's own Function for x[i] under vmap, as masks of attention are made: an index, and its derivative
         self._patches.enter_context(patch.object(scalar_indexing, "mod_index", scalar_indexing.ModIndex.forward))
         self._patches.enter_context(
