@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
+from unittest.mock import patch
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -244,9 +245,7 @@ class Root(nn.Module):
 
         thread = threading.get_ident()
 
-        def note(module: nn.Module, args: Any) -> None:
-            if not is_in(thread):
-                return
+        def note(module: nn.Module) -> None:
             refuse_hooks_of_module(module)
             stateless_graph = isinstance(module, fx.GraphModule) and not module.state_dict()  # a branch being traced
             if id(vars(module)) not in known and not stateless_graph:
@@ -255,11 +254,16 @@ class Root(nn.Module):
                     assignments.watch(part)
                 known.update(id(vars(m)) for m in module.modules())
 
-        handle = nn.modules.module.register_module_forward_pre_hook(note)
-        try:
+        call = nn.Module._call_impl
+
+        def noted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if is_in(thread):
+                note(module)
+            return call(module, *args, **kwargs)
+
+        # with a global hook, a hook that a module installs in its forward would act already in that call
+        with patch.object(nn.Module, "_call_impl", noted):
             yield
-        finally:
-            handle.remove()
 
 
 def _same(names: Mapping[int, str], semantics: ReverseModeSemantics, tensor: Tensor) -> Same | None:

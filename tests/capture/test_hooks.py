@@ -160,3 +160,25 @@ def test_a_forward_hook_counts_from_the_call_after_it(kind):
     torch.testing.assert_close(hd(X, tangents=V).primal, model(X).detach())
     handle.remove()
     torch.testing.assert_close(hd(X, tangents=V).primal, model(X).detach())
+
+
+class HooksItself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(1, 2, 3, dtype=torch.float64))
+        self.is_ready = False
+
+    def forward(self, x):
+        if not self.is_ready:
+            self.register_forward_hook(lambda module, args, output: 3 * output)
+            self.is_ready = True
+        return x * self.scale
+
+
+def test_a_hook_that_a_module_installs_in_its_own_forward_acts_from_the_next_call():
+    """PyTorch looks for hooks before it calls forward."""
+    model, x = nn.Sequential(HooksItself(), nn.Tanh()), torch.ones(3, dtype=torch.float64)
+    hd = fomoh_fx.transform(model)
+    for factor in (1, 3, 3):
+        out = hd(x, tangents={"0.scale": x[None]})
+        torch.testing.assert_close(out.primal, (factor * model[0].scale).tanh().detach())
