@@ -58,7 +58,8 @@ class Assignment:
     """One thing that a run assigns: a value at a key, nothing there any more, or all that is in a list.
 
     ``leaves`` are the leaves of the value, None for tensors that the run computes; ``tensors`` are those, and
-    ``numbers`` tell which of them are one, among all that the run assigns.
+    ``numbers`` tell which of them are one, among all that the run assigns. ``registers`` is for a buffer that the run
+    registers: whether it is persistent.
     """
 
     path: str | None
@@ -69,6 +70,7 @@ class Assignment:
     tensors: list[Tensor] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     is_new: bool = False
+    registers: bool | None = None
     module: nn.Module | None = None
     computed_from: list[str | None] = field(default_factory=list)
 
@@ -108,7 +110,9 @@ class Assignment:
             return
         holder: Any = self.module if len(self.keys) == 1 else follow(self.module, self.keys[:-1])
         by_name = holder is self.module or is_record(holder)
-        if self.kind == "set":
+        if self.registers is not None:
+            self.module.register_buffer(self.keys[-1], value, persistent=self.registers)
+        elif self.kind == "set":
             setattr(holder, self.keys[-1], value) if by_name else holder.__setitem__(self.keys[-1], value)
         elif by_name:
             delattr(holder, self.keys[-1])
@@ -156,6 +160,7 @@ class Assignments:
         self._watched: list[_Watched] = []
         self._tables: list[tuple[nn.Module, str, dict[str, Any], dict[str, Any]]] = []
         self._containers: set[int] = set()
+        self._transient: dict[nn.Module, set[str]] = {}  # the buffers that are no part of the state
         self._hooks = [
             (hooks, len(hooks)) for m in root.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
@@ -171,6 +176,7 @@ class Assignments:
             return
         for what, table in (("parameter", module._parameters), ("module", module._modules)):
             self._tables.append((module, what, table, dict(table)))
+        self._transient[module] = {*module._non_persistent_buffers_set}
         holder: Any
         for holder in (vars(module), module._buffers):
             self._watched.append(_Watched(path, (), module, holder, dict(holder)))
@@ -199,6 +205,9 @@ class Assignments:
                 self.made += made
             if not is_there:  # the container is another one now, which is assigned
                 del self.numbers[noted:]
+        for module, before in self._transient.items():
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(before)
         changed = [(module, what) for module, what, table, before in self._tables if _put_back(table, before)]
         if changed and kind is None:
             module, what = changed[0]
@@ -248,12 +257,21 @@ class Assignments:
             if new is _MISSING:
                 found.append(Assignment(path, (*keys, key), "delete"))
             else:
-                found.append(self._taken_out(path, (*keys, key), "set", new, old is _MISSING))
+                made = self._taken_out(path, (*keys, key), "set", new, old is _MISSING)
+                found.append(replace(made, registers=self._registers(watched, key, old)))
         if keys and [*holder] != [*before]:  # a model may go by the order, too
             kept = dict(holder)
             holder.clear()
             holder.update({key: kept[key] for key in before})
         return found
+
+    def _registers(self, watched: _Watched, name: str, old: Any) -> bool | None:
+        """Whether the buffer of this name is persistent, where the run has registered it."""
+        module = watched.module
+        if watched.holder is not module._buffers:
+            return None
+        is_transient = name in module._non_persistent_buffers_set
+        return not is_transient if old is _MISSING or is_transient != (name in self._transient[module]) else None
 
     def _changes_of_list(self, watched: _Watched) -> list[Assignment]:
         now, before = list(watched.holder), watched.before

@@ -14,7 +14,7 @@ from torch._functorch import eager_transforms, vmap
 from fomoh_fx.capture.threads import is_in
 
 #: Where it is done, and which argument is the tensor, by position and by name.
-_ENTRANCES = (
+_ENTRANCES: tuple[tuple[Any, str, int, str], ...] = (
     (eager_transforms, "_wrap_for_grad", 0, ""),
     (eager_transforms, "_maybe_wrap_functional_tensor", 0, ""),
     (eager_transforms, "_propagate_functional_input_mutation", 0, ""),
@@ -41,6 +41,6 @@ def entrances_noticed(own: Callable[[Tensor], Tensor]) -> Iterator[None]:
         return own(x) if isinstance(x, Tensor) else x
 
     with ExitStack() as stack:
-        for where, name, *place in _ENTRANCES:
-            stack.enter_context(patch.object(where, name, entering(getattr(where, name), *place)))
+        for where, name, position, keyword in _ENTRANCES:
+            stack.enter_context(patch.object(where, name, entering(getattr(where, name), position, keyword)))
         yield

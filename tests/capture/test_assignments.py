@@ -163,3 +163,40 @@ def test_a_module_that_a_function_refers_to():
         out = hd(x, tangents=(torch.ones(1, 4, 3).double(),))
         torch.testing.assert_close(out.primal, reference(x).detach())
         torch.testing.assert_close(model.mean, reference.mean)
+
+
+def registered_once(model, y):
+    if not hasattr(model.layer, "centre"):
+        model.layer.register_buffer("centre", y.detach().mean(0))
+    model.layer.centre.mul_(0.9)
+    return model.layer.centre
+
+
+def registered_for_the_call(model, y):
+    model.register_buffer("last", y.detach().mean(0), persistent=False)
+    return model.last
+
+
+def registered_anew(model, y):
+    before = model.mean
+    del model.mean
+    model.register_buffer("mean", before + y.detach().mean(0), persistent=False)
+    return model.mean
+
+
+@pytest.mark.parametrize("change", [registered_once, registered_for_the_call, registered_anew])
+def test_a_buffer_that_the_model_registers(change):
+    model = Layer(change)
+    reference, hd = copy.deepcopy(model), fomoh_fx.transform(model)
+    for rows in (4, 4, 3):
+        x = torch.randn(rows, 3, dtype=torch.float64)
+        out = hd(x, tangents=tangents(model))
+        torch.testing.assert_close(out.primal, reference(x).detach())
+        torch.testing.assert_close(dict(model.named_buffers()), dict(reference.named_buffers()))
+        assert [*model.state_dict()] == [*reference.state_dict()]
+
+
+def test_capture_registers_no_buffer():
+    model = Layer(registered_for_the_call)
+    fomoh_fx.transform(model).trace(torch.randn(4, 3, dtype=torch.float64), tangents=tangents(model))
+    assert not hasattr(model, "last") and not model._non_persistent_buffers_set
