@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Program
-from fomoh_fx.capture.assignments import COMPUTED_FROM
+from fomoh_fx.capture.assignment import COMPUTED_FROM
 from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.layouts import has_its_layouts
 from fomoh_fx.capture.overlaps import refuse_overlaps

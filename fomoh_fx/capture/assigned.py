@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fomoh_fx import operators  # noqa: F401  defines stop_gradient
-from fomoh_fx.capture.assignments import Same, remembered
+from fomoh_fx.capture.assignment import Same, remembered
 from fomoh_fx.capture.inputs import constant_of
 from fomoh_fx.capture.program import Input, Output, Program, Root
 from fomoh_fx.capture.refusals import refuse_remembered

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, nn
@@ -19,120 +19,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
+from fomoh_fx.capture.assignment import Assignment, ChangedData, Same, fill, kept_elsewhere
+from fomoh_fx.capture.in_place import Snapshot
 from fomoh_fx.capture.reading import are_equal, is_plain
-from fomoh_fx.capture.state import STANDARD, Keys, children, containers, follow, has_tensors, is_record, written
+from fomoh_fx.capture.state import STANDARD, Keys, children, containers, follow, has_tensors, written
 from fomoh_fx.errors import CaptureError
 
-#: Tensors that a call has assigned, and the parameter that each was computed from: the derivative ended with the call.
-COMPUTED_FROM = WeakIdKeyDictionary()
-
 _MISSING = object()
+_ORDER = ("order",)  # stands for a key
 _NUMBERS = (int, float)
 _FLAGS = (bool, str, type(None))
 #: Where a module has the hooks of its forward: a model may install some at its first call, and note that it has.
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith("_forward_"))
-
-
-@dataclass
-class Same:
-    """A leaf that is a tensor from before the run: a parameter, a buffer, an argument, or ``x.detach()`` of one.
-
-    ``name`` is what the root calls it; ``value`` finds it for a call, given the call's arguments.
-    """
-
-    name: str
-    is_detached: bool = False
-    value: Callable[[Sequence[Tensor]], Tensor] | None = None
-
-    def of(self, arguments: Sequence[Tensor]) -> Tensor:
-        """The tensor itself, or another one with its memory, as in the model."""
-        assert self.value is not None
-        tensor = self.value(arguments)
-        return tensor.detach() if self.is_detached else tensor
-
-
-@dataclass
-class Assignment:
-    """One thing that a run assigns: a value at a key, nothing there any more, or all that is in a list.
-
-    ``leaves`` are the leaves of the value, None for tensors that the run computes; ``tensors`` are those, and
-    ``numbers`` tell which of them are one, among all that the run assigns. ``registers`` is for a buffer that the run
-    registers: whether it is persistent.
-    """
-
-    path: str | None
-    keys: Keys
-    kind: Literal["set", "delete", "contents"]
-    leaves: list[Any] = field(default_factory=list)
-    spec: Any = None
-    tensors: list[Tensor] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-    is_new: bool = False
-    registers: bool | None = None
-    module: nn.Module | None = None
-    computed_from: list[str | None] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """As a person would write the place."""
-        return f"{self.path}.{written(self.keys)}".removeprefix("model.")
-
-    @property
-    def is_tensor(self) -> bool:
-        """Whether it is one tensor for an attribute of a module."""
-        is_one = len(self.leaves) == 1 and (self.leaves[0] is None or isinstance(self.leaves[0], Same))
-        return self.kind == "set" and len(self.keys) == 1 and is_one and self.spec.is_leaf()
-
-    @property
-    def count(self) -> int:
-        """How many tensors it takes."""
-        return sum(leaf is None for leaf in self.leaves)
-
-    def filled(self, tensors: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Any]:
-        """The leaves of the value for a call that has computed these tensors from these arguments."""
-        for tensor, source in zip(tensors, self.computed_from, strict=True):
-            if source is not None:
-                COMPUTED_FROM[tensor] = source
-        new = iter(tensors)
-        return [
-            next(new) if leaf is None else leaf.of(arguments) if isinstance(leaf, Same) else leaf[0]
-            for leaf in self.leaves
-        ]
-
-    def apply(self, leaves: Sequence[Any]) -> None:
-        """Assign the value with these leaves."""
-        assert self.module is not None
-        value: Any = None if self.spec is None else pytree.tree_unflatten(leaves, self.spec)
-        if self.kind == "contents":
-            _fill(follow(self.module, self.keys), value)
-            return
-        holder: Any = self.module if len(self.keys) == 1 else follow(self.module, self.keys[:-1])
-        by_name = holder is self.module or is_record(holder)
-        if self.registers is not None:
-            self.module.register_buffer(self.keys[-1], value, persistent=self.registers)
-        elif self.kind == "set":
-            setattr(holder, self.keys[-1], value) if by_name else holder.__setitem__(self.keys[-1], value)
-        elif by_name:
-            delattr(holder, self.keys[-1])
-        else:
-            del holder[self.keys[-1]]
-
-
-@dataclass
-class ChangedNumbers:
-    """Numbers that a run has changed to others, and how to put them.
-
-    With ``is_size``, ``after`` is an example: it follows a dynamic dimension.
-    """
-
-    key: tuple[int, Any]
-    name: str
-    put: Callable[[Any], None]
-    before: Any
-    after: Any
-    is_size: bool = False
 
 
 @dataclass
@@ -155,11 +54,12 @@ class Assignments:
 
     def __init__(self, root: nn.Module) -> None:
         self.made: list[Assignment] = []
-        self.numbers: list[ChangedNumbers] = []
+        self.numbers: list[ChangedData] = []
         self.same: Callable[[Tensor], Same | None] = lambda tensor: None
         self._watched: list[_Watched] = []
         self._tables: list[tuple[nn.Module, str, dict[str, Any], dict[str, Any]]] = []
         self._containers: set[int] = set()
+        self._snapshots: list[tuple[_Watched, Any, Snapshot]] = []  # with their keys, of what is no container
         self._transient: dict[nn.Module, set[str]] = {}  # the buffers that are no part of the state
         self._hooks = [
             (hooks, len(hooks)) for m in root.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)
@@ -183,57 +83,76 @@ class Assignments:
         for name in _HOOKS:
             hooks = vars(module)[name]
             self._watched.append(_Watched(path, (name,), module, hooks, dict(hooks)))
-        for keys, value in containers(module) if path != "" else ():  # the root's own are the call's
+        if path == "":  # the root's own are the call's
+            return
+        self._take_snapshots(self._watched[-2 - len(_HOOKS)])
+        for keys, value in containers(module):
             self._containers.add(id(value))
             if isinstance(value, (list, deque)):
-                self._watched.append(_Watched(path, keys, module, value, list(value)))
-            elif not isinstance(value, tuple):
+                watched = _Watched(path, keys, module, value, list(value))
+            else:
                 holder = children(value)
-                self._watched.append(_Watched(path, keys, module, holder, dict(holder or {})))
+                watched = _Watched(path, keys, module, holder, dict(holder or {}))
+            if not isinstance(value, tuple):
+                self._watched.append(watched)
+            self._take_snapshots(watched)
+
+    def _take_snapshots(self, watched: _Watched) -> None:
+        """Of what may change in place in a container, or in the attributes of a module."""
+        inside = enumerate(watched.before) if isinstance(watched.before, list) else watched.before.items()
+        for key, value in inside:
+            if (watched.keys or key not in STANDARD) and (snapshot := Snapshot.of(value)) is not None:
+                self._snapshots.append((watched, key, snapshot))
 
     def __enter__(self) -> Assignments:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         there = [not watched.keys or _is_there(watched) for watched in self._watched]
-        self._growing: _Watched | None = None
-        self._unknown: str | None = None
+        self._refusal: CaptureError | None = None
+        self._changes_in_place()
         for watched, is_there in zip(self._watched, there, strict=True):
-            noted = len(self.numbers)
+            noted, refusal = len(self.numbers), self._refusal
             made = self._changes(watched)  # which puts back what was before
             if is_there and watched.path is not None:
                 self.made += made
             if not is_there:  # the container is another one now, which is assigned
                 del self.numbers[noted:]
-        for module, before in self._transient.items():
+                self._refusal = refusal
+        for module, names in self._transient.items():
             module._non_persistent_buffers_set.clear()
-            module._non_persistent_buffers_set.update(before)
-        changed = [(module, what) for module, what, table, before in self._tables if _put_back(table, before)]
-        if changed and kind is None:
-            module, what = changed[0]
-            advice = "compute with the new tensor under another name" if what == "parameter" else "make it before"
-            raise CaptureError(
-                f"model: assigns another {'tensor to a parameter' if what == 'parameter' else 'submodule'} of its "
-                f"{type(module).__name__} while it runs; {advice}"
-            )
-        if self._unknown is not None and kind is None:
-            raise CaptureError(
-                f"model: keeps a number that only the data decide (.item()) in its {self._unknown}, and a graph has no "
-                "numbers; keep the tensor (.detach()) instead, which every call assigns"
-            )
-        if self._growing is not None and kind is None:
-            raise CaptureError(
-                f"model: its {type(self._growing.module).__name__}.{written(self._growing.keys)} grows by tensors at "
-                "every call, so every call would need another graph. Clear it at the start of forward, or keep the "
-                "tensors in a buffer or in a collections.deque with a maxlen"
-            )
+            module._non_persistent_buffers_set.update(names)
+        for module, what, table, before in self._tables:
+            if _put_back(table, before):
+                self._refuse(
+                    f"assigns another {'tensor to a parameter' if what == 'parameter' else 'submodule'} of its "
+                    f"{type(module).__name__} while it runs; "
+                    + ("compute with the new tensor under another name" if what == "parameter" else "make it before")
+                )
+        if self._refusal is not None and kind is None:
+            raise self._refusal
+
+    def _refuse(self, why: str) -> None:
+        """In the end, when everything is as it was; the first reason counts."""
+        self._refusal = self._refusal or CaptureError(f"model: {why}")
+
+    def _changes_in_place(self) -> None:
+        """Of what is no container, and then as it was."""
+        for watched, key, snapshot in [found for found in self._snapshots if found[2].has_changed()]:
+            after, has_tensors = snapshot.now(), snapshot.has_tensors()
+            is_there = _at(watched.holder, key) is snapshot.value and (not watched.keys or _is_there(watched))
+            snapshot.put(snapshot.before)
+            if has_tensors:
+                self._refusal = self._refusal or kept_elsewhere(f"a {type(snapshot.value).__name__}")
+            if is_there and watched.path is not None:
+                self.numbers.append(self._change(watched, key, snapshot.put, snapshot.before, after))
 
     def _changes(self, watched: _Watched) -> list[Assignment]:
         """What was assigned in a holder, which is then as it was."""
         if isinstance(watched.holder, (list, deque)):
             return self._changes_of_list(watched)
         path, keys, holder, before = watched.path, watched.keys, watched.holder, watched.before
-        found = []
+        found, now = [], [*holder]
         for key in [*before, *(k for k in holder if k not in before)]:
             old, new = before.get(key, _MISSING), holder.get(key, _MISSING)
             if new is old or (not keys and key in STANDARD):
@@ -259,11 +178,18 @@ class Assignments:
             else:
                 made = self._taken_out(path, (*keys, key), "set", new, old is _MISSING)
                 found.append(replace(made, registers=self._registers(watched, key, old)))
-        if keys and [*holder] != [*before]:  # a model may go by the order, too
-            kept = dict(holder)
-            holder.clear()
-            holder.update({key: kept[key] for key in before})
+        if keys and isinstance(holder, dict):
+            self._note_order(watched, now)
         return found
+
+    def _note_order(self, watched: _Watched, now: Sequence[Any]) -> None:
+        """A model may go by the order of keys, as a cache that drops the least recently used."""
+        order = [*watched.before]
+        if [*watched.holder] != order:
+            _reorder(watched.holder, order)
+        if [key for key in now if key in watched.before] != [key for key in order if key in now]:
+            put = partial(_reorder, watched.holder)
+            self.numbers.append(self._change(watched, _ORDER, put, order, [*now]))
 
     def _registers(self, watched: _Watched, name: str, old: Any) -> bool | None:
         """Whether the buffer of this name is persistent, where the run has registered it."""
@@ -278,16 +204,20 @@ class Assignments:
         if _are_same(now, before):
             return []
         if symbols := symbolic(now):
-            _fill(watched.holder, before)
-            self._note_sizes(watched, None, partial(_fill, watched.holder), before, now, symbols)
+            fill(watched.holder, before)
+            self._note_sizes(watched, None, partial(fill, watched.holder), before, now, symbols)
             return []
         if not has_tensors(now) and not has_tensors(before):
-            self._note_numbers(watched, None, partial(_fill, watched.holder), before, now)
+            self._note_numbers(watched, None, partial(fill, watched.holder), before, now)
             return []
-        _fill(watched.holder, before)
+        fill(watched.holder, before)
         is_longer = len(now) > len(before) > 0 and _are_same(now[: len(before)], before)
         if is_longer and getattr(watched.holder, "maxlen", None) is None:
-            self._growing = watched
+            self._refuse(
+                f"its {type(watched.module).__name__}.{written(watched.keys)} grows by tensors at every call, so every "
+                "call would need another graph. Clear it at the start of forward, or keep the tensors in a buffer or "
+                "in a collections.deque with a maxlen"
+            )
         return [self._taken_out(watched.path, watched.keys, "contents", now, False)]
 
     def _note_sizes(
@@ -296,7 +226,10 @@ class Assignments:
         """A size of a dynamic dimension is another one in other calls; one that only the data decide no graph has."""
         change = self._change(watched, key, put, before, after)
         if any(map(free_unbacked_symbols, symbols)):
-            self._unknown = change.name
+            self._refuse(
+                f"keeps a number that only the data decide (.item()) in its {change.name}, and a graph has no numbers; "
+                "keep the tensor (.detach()) instead, which every call assigns"
+            )
             return
         example = pytree.tree_map_only((SymInt, SymFloat, SymBool), lambda size: size.node.hint + 1, after)
         self.numbers.append(replace(change, after=example, is_size=True))
@@ -306,12 +239,10 @@ class Assignments:
             self.numbers.append(self._change(watched, key, put, before, after))
         put(before)
 
-    def _change(
-        self, watched: _Watched, key: Any, put: Callable[[Any], None], before: Any, after: Any
-    ) -> ChangedNumbers:
-        keys = watched.keys if key is None else (*watched.keys, key)
+    def _change(self, watched: _Watched, key: Any, put: Callable[[Any], None], before: Any, after: Any) -> ChangedData:
+        keys = watched.keys if key is None or key is _ORDER else (*watched.keys, key)
         name = f"{type(watched.module).__name__}.{written(keys)}"
-        return ChangedNumbers((id(watched.holder), key), name, put, before, after)
+        return ChangedData((id(watched.holder), key), name, put, before, after)
 
     def _taken_out(self, path: str | None, keys: Keys, kind: Any, value: Any, is_new: bool) -> Assignment:
         values, spec = self._flat(value)
@@ -394,27 +325,20 @@ def _is_there(watched: _Watched) -> bool:
     return found is watched.holder or children(found) is watched.holder
 
 
+def _reorder(holder: dict[Any, Any], order: Sequence[Any]) -> None:
+    """Let the keys of a dictionary be in this order, others after them."""
+    kept = dict(holder)
+    holder.clear()
+    holder.update({key: kept.pop(key) for key in order if key in kept} | kept)
+
+
+def _at(holder: Any, key: Any) -> Any:
+    """What is at the key, None for nothing."""
+    try:
+        return holder[key]
+    except LookupError:
+        return None
+
+
 def _are_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
-
-
-def _fill(holder: Any, values: Sequence[Any]) -> None:
-    holder.clear()
-    holder.extend(values)
-
-
-def kept_elsewhere(where: str) -> CaptureError:
-    """The refusal of a tensor of a run that stays in what is no attribute of a model."""
-    return CaptureError(
-        f"model: keeps a tensor that it computes in {where}, where later calls would find the first one for ever. "
-        "Keep it in a buffer or another attribute of a module, or return it"
-    )
-
-
-def remembered(what: str, parameter: str) -> CaptureError:
-    """The refusal of a tensor that an earlier call computed from a parameter: no graph of this call has the rest."""
-    return CaptureError(
-        f"model: uses {what} that an earlier call computed from the parameter {parameter!r} and kept, so its "
-        "derivative would be lost. Compute it anew at every call, or detach it before it is kept; where it is a cache, "
-        "clear it (model.train() and then model.eval() often do)"
-    )

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fomoh_fx.capture.assignments import Assignments, ChangedNumbers
+from fomoh_fx.capture.assignment import ChangedData
+from fomoh_fx.capture.assignments import Assignments
 from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.program import Call, Program, Root
 from fomoh_fx.capture.reading import COUNTED
 from fomoh_fx.errors import CaptureError, FomohError
 from fomoh_fx.passes.retrace import without_autocast
 
-Changes = dict[Any, ChangedNumbers]
+Changes = dict[Any, ChangedData]
 _NUMBERS = (int, float)
 #: Numbers at which a count is looked at again: a model may depend on it only from some call on, or at every n-th.
 _LATE, _ROUND = 10**6 + 3, 2**10 * 3**3 * 5**6 * 7 * 11 * 13
@@ -45,8 +46,8 @@ def refuse_counted(capture: Callable[[], Program], model: Any, loss: Any, call: 
 
 def _look_again(program: Program, first: Changes, capture: Callable[[], Program], root: Root) -> None:
     """Whether the graph depends on what was changed, and what becomes of that."""
-    counted: list[ChangedNumbers] = []
-    seen: list[dict[Any, ChangedNumbers]] = []
+    counted: list[ChangedData] = []
+    seen: list[dict[Any, ChangedData]] = []
     depends = False
     with _after_a_call(program, first.values(), root):
         try:
@@ -69,7 +70,7 @@ def _look_again(program: Program, first: Changes, capture: Callable[[], Program]
     if depends:
         names = " and ".join(change.name for change in counted)
         raise CaptureError(
-            f"model: changes the number {names} at every call, and computes with it or returns it, so the graph would "
+            f"model: changes {names} at every call, and computes with it or returns it, so the graph would "
             "have its first value for ever. Keep it as a tensor in a buffer, or pass it as an argument"
         )
     _assign(program, first, second, seen, root)
@@ -96,12 +97,12 @@ def _assign(program: Program, first: Changes, second: Changes, seen: Sequence[Ch
     program.counts, program.settled = counts, settled
 
 
-def _step(change: ChangedNumbers) -> float | None:
+def _step(change: ChangedData) -> float | None:
     """What is added to a number."""
     return change.after - change.before if type(change.before) in _NUMBERS and type(change.after) in _NUMBERS else None
 
 
-def _is_counted(change: ChangedNumbers, others: Changes) -> bool:
+def _is_counted(change: ChangedData, others: Changes) -> bool:
     """Whether another run adds the same."""
     return change.key in others and _step(others[change.key]) == _step(change)
 
@@ -113,7 +114,7 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def _after_a_call(program: Program, changes: Iterable[ChangedNumbers], root: Root) -> Iterator[None]:
+def _after_a_call(program: Program, changes: Iterable[ChangedData], root: Root) -> Iterator[None]:
     """The model as a call of the program leaves it, but for its numbers; in the end all of it is as it was."""
     try:
         with Assignments(root):
@@ -123,7 +124,7 @@ def _after_a_call(program: Program, changes: Iterable[ChangedNumbers], root: Roo
         _undo(changes)
 
 
-def _put(changes: Iterable[ChangedNumbers], numbers: Iterable[Any]) -> None:
+def _put(changes: Iterable[ChangedData], numbers: Iterable[Any]) -> None:
     for change, number in zip(changes, numbers, strict=True):
         change.put(number)
 
@@ -138,7 +139,7 @@ def _assigned_values(program: Program, arguments: Sequence[Tensor]) -> list[Tens
     return [value for value, what in zip(values, program.outputs, strict=True) if what.kind == "assignment"]
 
 
-def _later(change: ChangedNumbers) -> tuple[Any, ...]:
+def _later(change: ChangedData) -> tuple[Any, ...]:
     """What the number may be at other calls, before they change it."""
     step = change.after - change.before
     far = _ROUND if step > 0 else -_ROUND
@@ -151,6 +152,6 @@ def _observed(capture: Callable[[], Program]) -> tuple[Program, Changes]:
     return program, {change.key: change for change in program.numbers}
 
 
-def _undo(changes: Iterable[ChangedNumbers]) -> None:
+def _undo(changes: Iterable[ChangedData]) -> None:
     for change in changes:
         change.put(change.before)

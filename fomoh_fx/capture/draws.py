@@ -2,28 +2,23 @@
 
 A graph has them as constants, so that every call would have the numbers of the first. That is right only where nothing
 depends on them, as on the draw that drops a layer with probability zero. A draw from a generator object of the model's
-(``numpy.random.default_rng()``) is refused in any case.
+(``numpy.random.default_rng()``), and a step of an iterator, is refused in any case.
 """
 
 from __future__ import annotations
 
-import inspect
-import pickle
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
 
-from fomoh_fx.capture.leaks import is_a_users
+from fomoh_fx.capture.advancing import advancing
 from fomoh_fx.capture.program import Program
 from fomoh_fx.capture.reading import are_equal
-from fomoh_fx.capture.state import children, containers, written
 from fomoh_fx.errors import CaptureError
 from fomoh_fx.passes.dataflow import graphs_in
 from fomoh_fx.passes.provenance import is_hidden
@@ -38,16 +33,13 @@ def refuse_drawn(capture: Callable[[], Program], *models: Any) -> Program:
     Raises:
         CaptureError: the graph changes with the numbers, or a generator object has been drawn from.
     """
-    before, objects = _state(), _generators(models)
+    before, objects = _state(), advancing(models)
     with _entropy_refused(), _seeding_refused():
         program = capture()
     after = _state()
-    for name, generator, state in objects:
-        if _state_of(generator) != state:
-            raise CaptureError(
-                f"model: draws from the random numbers of {name} while it runs, and the graph would have those of its "
-                "first call for ever. Draw with torch, or pass them as arguments"
-            )
+    for thing in objects:
+        if thing.has_advanced():
+            raise thing.refusal()
     if after == before:
         return program
     for end in _ENDS:
@@ -68,41 +60,6 @@ def _state() -> list[Any]:
         return [random.getstate()]
     name, keys, *rest = numpy.random.get_state()
     return [random.getstate(), name, keys.tolist(), *rest]
-
-
-def _generators(models: Sequence[Any]) -> list[tuple[str, Any, bytes]]:
-    """The generator objects in attributes of modules and in variables of their code, with their names and states."""
-    places: dict[str, Any] = {}
-    seen: set[int] = set()
-    for part in [p for model in models for p in (model.modules() if isinstance(model, nn.Module) else (model,))]:
-        kind = type(part).__name__
-        if isinstance(part, nn.Module):
-            places |= {f"{kind}.{written((name,))}": value for name, value in vars(part).items()}
-            for keys, container in containers(part):
-                places |= {f"{kind}.{written((*keys, k))}": v for k, v in (children(container) or {}).items()}
-        function = inspect.unwrap(part.forward if isinstance(part, nn.Module) else part)
-        function = getattr(function, "__func__", function)
-        if isinstance(function, FunctionType) and is_a_users(function.__module__) and id(function) not in seen:
-            seen.add(id(function))
-            places |= {f"{function.__module__}.{name}": value for name, value in function.__globals__.items()}
-            places |= inspect.getclosurevars(function).nonlocals
-    found = [pair for name, value in places.items() for pair in _behind(name, value)]
-    return [(name, value, state) for name, value in found if (state := _state_of(value)) is not None]
-
-
-def _behind(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The value, what it is a method of, and the variables that it has from where it was defined."""
-    yield name, value
-    if isinstance(value, (MethodType, BuiltinMethodType)) and not _is_shared(value):
-        yield name, value.__self__
-    if isinstance(value, FunctionType) and value.__closure__:
-        for variable, content in inspect.getclosurevars(value).nonlocals.items():
-            yield f"{name} ({variable})", content
-
-
-def _is_shared(method: Any) -> bool:
-    """Whether it draws from Python's or NumPy's own generator, whose draws may not matter."""
-    return any(method == getattr(module, method.__name__, None) for module in (random, sys.modules.get("numpy.random")))
 
 
 @contextmanager
@@ -147,18 +104,6 @@ def _seeding_refused() -> Iterator[None]:
                 if (function := getattr(module, name, None)) is not None:
                     stack.enter_context(patch.object(module, name, refusing(prefix + name, function)))
         yield
-
-
-def _state_of(value: Any) -> bytes | None:
-    """The state of a generator object, None for anything else."""
-    numpy = sys.modules.get("numpy")
-    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
-        return pickle.dumps(value.getstate())
-    if numpy is not None and isinstance(value, numpy.random.Generator):
-        return pickle.dumps(value.bit_generator.state)
-    if numpy is not None and isinstance(value, numpy.random.RandomState):
-        return pickle.dumps(value.get_state())
-    return None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fomoh_fx.capture.assignments import kept_elsewhere
+from fomoh_fx.capture.assignment import kept_elsewhere
 from fomoh_fx.capture.state import children, is_record
 
 _Cache = type(functools.lru_cache(len))

@@ -14,7 +14,8 @@ from unittest.mock import patch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.capture.assignments import Assignment, Assignments, ChangedNumbers, Same, kept_elsewhere
+from fomoh_fx.capture.assignment import Assignment, ChangedData, Same, kept_elsewhere
+from fomoh_fx.capture.assignments import Assignments
 from fomoh_fx.capture.constants import AsConstants, argument
 from fomoh_fx.capture.conversions import conversions_checked
 from fomoh_fx.capture.finite import AssumeFinite
@@ -137,7 +138,7 @@ class Observed:
     before: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what the run changes in place, and copies
     outside: list[weakref.ref[nn.Module]] = field(default_factory=list)  # modules called that are not the root's own
     assigned: list[Assignment] = field(default_factory=list)  # their tensors are the last outputs
-    numbers: list[ChangedNumbers] = field(default_factory=list)
+    numbers: list[ChangedData] = field(default_factory=list)
 
 
 class Root(nn.Module):
@@ -302,8 +303,8 @@ class Program:
     constants: Sequence[tuple[Input, Tensor]] = ()  # buffers and arguments, and the values that the graph is for
     refused: list[str] = field(default_factory=list)
     assignments: Sequence[Assignment] = ()  # their tensors are the last outputs
-    numbers: Sequence[ChangedNumbers] = ()  # in containers, and the run changes them
-    settled: Sequence[ChangedNumbers] = ()  # what every call changes to the same
+    numbers: Sequence[ChangedData] = ()  # in containers, and the run changes them
+    settled: Sequence[ChangedData] = ()  # what every call changes to the same
     counts: Sequence[tuple[nn.Module, str, float]] = ()  # attributes, and what every call adds; nothing depends on them
     read: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # by module, what its attributes were
     tied: Sequence[tuple[Input, Input]] = ()  # an input, and another place that had its tensor

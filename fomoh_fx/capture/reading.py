@@ -80,6 +80,11 @@ def are_equal(one: Any, other: Any) -> bool:
     return bool(first.value(one) == second.value(other))
 
 
+def is_small_array(value: Any) -> bool:
+    """Whether it is an array of NumPy's that is read for its contents."""
+    return type(value).__module__ == "numpy" and hasattr(value, "tobytes") and value.nbytes <= _MOST_BYTES
+
+
 class Reader:
     """Reads values one after the other: what it has met before is told from what is only equal."""
 
@@ -167,6 +172,8 @@ class Reader:
             return type(value), frozenset(map(self.value, value))
         if is_record(value):
             return self._object(value)
+        if isinstance(value, bytearray):
+            return bytearray, bytes(value)
         if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tobytes"):
             return self._array(value)
         return self._unknown(value)
@@ -216,7 +223,7 @@ class Reader:
         return self._identity(value)
 
     def _array(self, value: Any) -> Any:
-        if value.dtype.hasobject or value.nbytes > _MOST_BYTES:
+        if value.dtype.hasobject or not is_small_array(value):
             return self._unknown(value)
         return type(value), value.dtype.str, value.shape, value.strides, value.tobytes()
 

@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fomoh_fx.capture.assignments import COMPUTED_FROM, remembered, symbolic
+from fomoh_fx.capture.assignment import COMPUTED_FROM, remembered
+from fomoh_fx.capture.assignments import symbolic
 from fomoh_fx.capture.leaks import is_a_users
 from fomoh_fx.capture.program import Program, Root
 from fomoh_fx.errors import CaptureError

@@ -354,8 +354,8 @@ def in_a_closure():
 
 
 REFUSED = {
-    "count": (counted, "changes the number Keeps.cache.calls at every call"),
-    "count-in-a-list": (counted_in_a_list, "changes the number Keeps.items at every call"),
+    "count": (counted, "changes Keeps.cache.calls at every call"),
+    "count-in-a-list": (counted_in_a_list, "changes Keeps.items at every call"),
     "grows": (grows, "its Keeps.items grows by tensors at every call"),
     "derivative": (with_its_derivative, "that an earlier call computed from the parameter 'layer.*detach it"),
     "new-object": (in_a_new_object, "keeps a tensor that it computes in an object of type Record"),

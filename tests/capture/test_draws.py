@@ -1,5 +1,6 @@
 """Models that draw from Python's or NumPy's generators: refused where the result depends on the numbers."""
 
+import itertools
 import random
 
 import numpy as np
@@ -102,6 +103,46 @@ def test_a_generator_object_is_refused(place):
 
     with pytest.raises(CaptureError, match="draws from the random numbers of .*Draw with torch"):
         out_of(Noisy())
+
+
+def counting():
+    number = 1.0
+    while True:
+        yield number
+        number += 1
+
+
+ITERATORS = {
+    "count": lambda: itertools.count(1),
+    "cycle": lambda: itertools.cycle([1.0, 2.0]),
+    "list": lambda: iter([1.0] * 9),
+    "enumerate": lambda: map(float, map(sum, enumerate(range(1, 99)))),
+    "generator": counting,
+}
+
+
+@pytest.mark.parametrize("name", ITERATORS)
+@pytest.mark.parametrize("is_attribute", [True, False])
+def test_an_iterator_that_goes_on_is_refused(name, is_attribute):
+    mine = ITERATORS[name]()
+
+    class Steps(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.steps = mine if is_attribute else None
+
+        def forward(self, x):
+            return super().forward(x) * next(self.steps or mine)
+
+    with pytest.raises(CaptureError, match="takes the next value of .*(steps|mine) while it runs.*as an argument"):
+        out_of(Steps())
+
+
+def test_an_iterator_that_is_not_asked_is_no_matter():
+    model = nn.Linear(3, 3)
+    model.steps = [make() for make in ITERATORS.values()]
+    out, expected = out_of(model)
+    torch.testing.assert_close(out.primal, expected)
 
 
 def test_a_generator_from_entropy_is_refused():

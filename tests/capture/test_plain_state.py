@@ -2,15 +2,17 @@
 
 import copy
 import enum
-from collections import UserDict
+from collections import OrderedDict, UserDict
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fomoh_fx
+from fomoh_fx.capture.state import has_tensors
 from fomoh_fx.errors import CaptureError
 from tests.oracle import reverse_over_reverse
 
@@ -161,6 +163,52 @@ def a_log(model, x, step):
     return 1 / max(model.kept)
 
 
+def lengths_seen(model, x, step):
+    scale = 2.0 if x.shape[0] in model.kept else 1.0
+    model.kept.add(x.shape[0])
+    return scale
+
+
+def in_an_array(model, x, step):
+    if model.kept[0] == 0:
+        model.kept[0] = x.shape[0]
+    return float(model.kept[0])
+
+
+def in_an_array_of_objects(model, x, step):
+    if model.kept[1] is None:
+        model.kept[1] = x.shape[0]
+    return float(model.kept[1])
+
+
+def in_bytes(model, x, step):
+    model.kept[1] = max(model.kept[1], x.shape[0])
+    return 1 / model.kept[1]
+
+
+def in_a_set_in_a_dictionary(model, x, step):
+    model.kept["lengths"].add(x.shape[0])
+    return 1 / len(model.kept["lengths"])
+
+
+def least_recently_used(model, x, step):
+    """The order of its keys decides what is dropped."""
+    length = x.shape[0]
+    if length in model.kept:
+        model.kept.move_to_end(length)
+    else:
+        model.kept[length] = 1 / length
+        if len(model.kept) > 2:
+            model.kept.popitem(last=False)
+    return next(iter(model.kept.values()))
+
+
+def the_last_lengths(model, x, step):
+    model.kept.append(x.detach().mean())
+    model.kept = model.kept[-2:]
+    return sum(model.kept)
+
+
 def one_module_of_two_names(model, x, step):
     return 2.0 if model.layer is model.same else 1.0
 
@@ -171,6 +219,13 @@ MODELS = {
     "oldest": lambda: Keeps(oldest_key_dropped, kept={}),
     "user dictionary": lambda: Keeps(a_user_dictionary, kept=UserDict()),
     "log": lambda: Keeps(a_log, kept=[9]),
+    "set": lambda: Keeps(lengths_seen, kept=set()),
+    "array": lambda: Keeps(in_an_array, kept=np.zeros(2)),
+    "array of objects": lambda: Keeps(in_an_array_of_objects, kept=np.array([3, None], dtype=object)),
+    "bytes": lambda: Keeps(in_bytes, kept=bytearray(2)),
+    "set in a dictionary": lambda: Keeps(in_a_set_in_a_dictionary, kept={"lengths": {4}}),
+    "order": lambda: Keeps(least_recently_used, kept=OrderedDict()),
+    "last ones": lambda: Keeps(the_last_lengths, kept=[]),
     "two names": lambda: with_two_names(Keeps(one_module_of_two_names)),
     "first batch": lambda: Keeps(from_the_first_batch, kept=None),
     "first call": lambda: Keeps(at_the_first_call, kept=0),
@@ -225,8 +280,10 @@ def test_it_is_there_at_the_next_call(name):
         ours_now, theirs_now = data(ours), data(theirs)
         assert ours_now.keys() == theirs_now.keys()
         for key, kept in ours_now.items():
-            if isinstance(kept, torch.Tensor):
+            if isinstance(kept, torch.Tensor) or has_tensors(kept):
                 torch.testing.assert_close(kept, theirs_now[key])
+            elif isinstance(kept, np.ndarray):
+                assert kept.tolist() == theirs_now[key].tolist()
             else:
                 assert kept == theirs_now[key] and type(kept) is type(theirs_now[key])
 
@@ -336,6 +393,47 @@ def test_a_tensor_kept_in_an_object_with_slots_is_refused_and_removed():
     with pytest.raises(CaptureError, match="keeps a tensor that it computes in an object of type Slots"):
         fomoh_fx.transform(model)(torch.randn(4, 3).double(), tangents={"layer.bias": torch.ones(1, 2).double()})
     assert model.kept.mean is None
+
+
+def added_to_a_set(model, x, step):
+    if not model.kept:
+        model.kept.add(x.detach().mean())
+    return sum(model.kept)
+
+
+def put_in_an_array(model, x, step):
+    model.kept[0] = x.detach().mean()
+    return model.kept[0]
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"), [(added_to_a_set, set()), (put_in_an_array, np.array([None], dtype=object))], ids=["set", "array"]
+)
+def test_a_tensor_kept_in_what_has_no_places_is_refused_and_removed(keep, kept):
+    model, before = Keeps(keep, kept=kept), kept.copy()
+    with pytest.raises(CaptureError, match="keeps a tensor that it computes in a (set|ndarray)"):
+        fomoh_fx.transform(model)(torch.ones(2, 3).double(), tangents={"layer.weight": torch.ones(1, 2, 3).double()})
+    assert model.kept is kept and list(kept) == list(before)
+
+
+def alternating(model, x, step):
+    model.kept.move_to_end(next(iter(model.kept)))
+    return next(iter(model.kept.values()))
+
+
+def parity(model, x, step):
+    model.kept ^= {1}
+    return 1.0 + len(model.kept)
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"), [(alternating, OrderedDict(a=1.0, b=2.0)), (parity, {1})], ids=["order", "set"]
+)
+def test_what_changes_at_every_call_and_matters_is_refused(keep, kept):
+    model, before = Keeps(keep, kept=kept), list(kept)
+    with pytest.raises(CaptureError, match="changes Keeps.kept at every call"):
+        fomoh_fx.transform(model)(torch.ones(2, 3).double(), tangents={"layer.weight": torch.ones(1, 2, 3).double()})
+    assert list(model.kept) == before
 
 
 def test_a_whole_number_that_becomes_one_with_a_point_is_another():
