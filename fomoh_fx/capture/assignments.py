@@ -41,6 +41,7 @@ class _Watched:
     module: nn.Module
     holder: Any
     before: Any
+    value: Any = None  # the container itself, of which the holder may be the attributes
 
 
 class Assignments:
@@ -82,17 +83,17 @@ class Assignments:
             self._watched.append(_Watched(path, (), module, holder, dict(holder)))
         for name in _HOOKS:
             hooks = vars(module)[name]
-            self._watched.append(_Watched(path, (name,), module, hooks, dict(hooks)))
+            self._watched.append(_Watched(path, (name,), module, hooks, dict(hooks), hooks))
         if path == "":  # the root's own are the call's
             return
         self._take_snapshots(self._watched[-2 - len(_HOOKS)])
         for keys, value in containers(module):
             self._containers.add(id(value))
             if isinstance(value, (list, deque)):
-                watched = _Watched(path, keys, module, value, list(value))
+                watched = _Watched(path, keys, module, value, list(value), value)
             else:
                 holder = children(value)
-                watched = _Watched(path, keys, module, holder, dict(holder or {}))
+                watched = _Watched(path, keys, module, holder, dict(holder or {}), value)
             if not isinstance(value, tuple):
                 self._watched.append(watched)
             self._take_snapshots(watched)
@@ -319,10 +320,9 @@ def _put_back(table: dict[str, Any], before: dict[str, Any]) -> bool:
 def _is_there(watched: _Watched) -> bool:
     """Whether the container is still where it was."""
     try:
-        found = follow(watched.module, watched.keys)
+        return follow(watched.module, watched.keys) is watched.value
     except (AttributeError, LookupError):
         return False
-    return found is watched.holder or children(found) is watched.holder
 
 
 def _reorder(holder: dict[Any, Any], order: Sequence[Any]) -> None:

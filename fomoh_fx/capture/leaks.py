@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from fomoh_fx.capture.assignment import kept_elsewhere
-from fomoh_fx.capture.state import children, is_record
+from fomoh_fx.capture.state import children, is_record, slots_of
 
 _Cache = type(functools.lru_cache(len))
 _Link: Any = getattr(functools, "_lru_list_elem", _Cache)
@@ -95,18 +95,10 @@ def _name(holder: Any, held: Sequence[Any]) -> str | None:
         ids = {id(value) for value in held}
         return f"the global variable {module}.{next(name for name, value in holder.items() if id(value) in ids)}"
     is_list = isinstance(holder, (list, tuple, deque)) and hasattr(holder, "__dict__")
-    has_attributes = is_record(holder) or is_list or _slots(holder)
+    has_attributes = is_record(holder) or is_list or slots_of(holder)
     if type(holder) not in _INNER and has_attributes and is_a_users(type(holder).__module__):
         return f"an object of type {type(holder).__name__}"
     return None
-
-
-def _slots(holder: Any) -> list[str]:
-    """The attributes of an object without a dictionary for them."""
-    if isinstance(holder, type) or hasattr(holder, "__dict__"):
-        return []
-    names = [getattr(kind, "__slots__", ()) for kind in type(holder).__mro__]
-    return [name for given in names for name in ((given,) if isinstance(given, str) else given)]
 
 
 def is_a_users(module: str | None) -> bool:
@@ -129,5 +121,5 @@ def _remove(tensors: Sequence[Tensor]) -> None:
             for key in [key for key, value in holder.items() if id(value) in ids]:
                 delattr(classes[0], key) if classes else holder.__delitem__(key)
         elif is_a_users(type(holder).__module__):
-            for name in [name for name in _slots(holder) if id(getattr(holder, name, None)) in ids]:
+            for name in [name for name in slots_of(holder) if id(getattr(holder, name, None)) in ids]:
                 setattr(holder, name, None)

@@ -7,7 +7,7 @@ which of them are one tensor; modules, functions, classes and all other objects 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.capture.state import STANDARD, is_record, tensors_in
+from fomoh_fx.capture.state import STANDARD, attributes, is_record, tensors_in
 
 _EXACT = {bool, int, str, type(None)}  # equal ones of one type are the same; of floats 0.0 and -0.0 are not
 _SIMPLE = {float, *_EXACT}
@@ -199,7 +199,7 @@ class Reader:
             return tuple(map(repr, values))
         return tuple([self.value(value) for value in values])
 
-    def _items(self, items: dict[Any, Any]) -> Any:
+    def _items(self, items: Mapping[Any, Any]) -> Any:
         return self._values(items), self._values(items.values())
 
     def _object(self, value: Any) -> Any:
@@ -210,7 +210,7 @@ class Reader:
         self._objects += 1
         self._limit = self._limit if self._objects > 1 else met + _MOST
         try:
-            return type(value), self._contents(value, lambda record: self._items(record.__dict__))
+            return type(value), self._contents(value, lambda record: self._items(attributes(record)))
         except (_Unknown, RecursionError):
             if self._objects > 1:
                 raise

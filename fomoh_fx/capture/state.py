@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import UserDict, UserList, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
@@ -25,22 +25,62 @@ _MOST = 10_000  # containers that are searched
 Keys = tuple[Any, ...]
 
 
-def children(value: Any) -> dict[Any, Any] | None:
+def children(value: Any) -> MutableMapping[Any, Any] | None:
     """What is in a container, by key, index or name; None for what is no container."""
     if isinstance(value, dict):
         return value
     if isinstance(value, (list, tuple, deque)):
         return dict(enumerate(value))
-    return vars(value) if is_record(value) else None
+    return attributes(value) if is_record(value) else None
 
 
 def is_record(value: Any) -> bool:
     """Whether it is an object that a model has for its data, as a dataclass."""
     if isinstance(value, (SimpleNamespace, UserDict, UserList)):
         return True
-    if isinstance(value, _NOT_RECORDS) or not hasattr(value, "__dict__"):
+    if isinstance(value, _NOT_RECORDS) or not (hasattr(value, "__dict__") or slots_of(value)):
         return False
     return type(value).__module__.partition(".")[0] not in _NOT_A_MODELS
+
+
+def attributes(record: Any) -> MutableMapping[str, Any]:
+    """The attributes of an object, which change with it."""
+    return _Attributes(record) if slots_of(record) else vars(record)
+
+
+def slots_of(value: Any) -> list[str]:
+    """The names of attributes that are in no dictionary of the object, as its class says."""
+    names = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    listed = [name for given in names for name in ((given,) if isinstance(given, str) else given)]
+    return [name for name in listed if name not in ("__dict__", "__weakref__")]
+
+
+class _Attributes(MutableMapping[str, Any]):
+    """Those of an object with slots."""
+
+    def __init__(self, record: Any) -> None:
+        self._record = record
+
+    def _names(self) -> list[str]:
+        slots = [name for name in slots_of(self._record) if hasattr(self._record, name)]
+        return [*slots, *getattr(self._record, "__dict__", ())]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names():
+            raise KeyError(name)
+        return getattr(self._record, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self._record, name, value)  # a frozen dataclass is put back, too
+
+    def __delitem__(self, name: str) -> None:
+        object.__delattr__(self._record, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
 
 
 def containers(module: nn.Module, seen: set[int] | None = None) -> Iterator[tuple[Keys, Any]]:

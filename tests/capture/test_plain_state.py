@@ -382,17 +382,43 @@ def test_a_hook_that_the_first_call_installs_is_installed_once():
 @dataclass(slots=True)
 class Slots:
     mean: object = None
+    length: int = 0
 
 
-def test_a_tensor_kept_in_an_object_with_slots_is_refused_and_removed():
+def test_an_object_with_slots():
+    """Its tensors and its plain data are there at the next call, and a graph is for its data."""
+
     def kept(model, x, step):
+        before = model.kept.mean
         model.kept.mean = model.layer(x).detach().mean()
-        return 1.0
+        model.kept.length = x.shape[0]
+        return 1.0 if before is None else before
 
-    model = Keeps(kept, kept=Slots())
+    ours = Keeps(kept, kept=Slots())
+    theirs = copy.deepcopy(ours)
+    hd = fomoh_fx.transform(ours)
+    for length in (4, 4, 3):
+        x = torch.randn(length, 3).double()
+        out = hd(x, tangents={"layer.bias": torch.ones(1, 2).double()})
+        torch.testing.assert_close(out.primal, theirs(x).detach())
+        assert ours.kept.mean.equal(theirs.kept.mean) and ours.kept.length == length
+    with_data = fomoh_fx.transform(Keeps(lambda model, x, step: float(model.kept.length), kept=Slots(length=2)))
+    for length in (2, 5):
+        with_data.model.kept.length = length
+        out = with_data(x, tangents={"layer.bias": torch.ones(1, 2).double()})
+        torch.testing.assert_close(out.primal, with_data.model(x).detach())
+
+
+def test_a_tensor_kept_in_a_slot_of_a_function_is_refused_and_removed():
+    kept = Slots()
+
+    def model(x):
+        kept.mean = x.detach().mean()
+        return x.sin().sum()
+
     with pytest.raises(CaptureError, match="keeps a tensor that it computes in an object of type Slots"):
-        fomoh_fx.transform(model)(torch.randn(4, 3).double(), tangents={"layer.bias": torch.ones(1, 2).double()})
-    assert model.kept.mean is None
+        fomoh_fx.grad(model)(torch.ones(3))
+    assert kept.mean is None
 
 
 def added_to_a_set(model, x, step):
