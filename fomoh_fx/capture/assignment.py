@@ -106,7 +106,8 @@ class Assignment:
 class ChangedData:
     """Plain data that a run has changed to others, and how to put them.
 
-    With ``is_size``, ``after`` is an example: it follows a dynamic dimension.
+    With ``is_size``, ``after`` is an example: it follows a dynamic dimension. With ``is_opaque`` it is another object
+    at every call, and which one it is does not count.
     """
 
     key: tuple[int, Any]
@@ -115,6 +116,20 @@ class ChangedData:
     before: Any
     after: Any
     is_size: bool = False
+    is_opaque: bool = False
+
+
+class Lost:
+    """Stands for an object with tensors of a run, which no later call can have, and notes that it is used."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind, self.was_used = kind, False
+
+    def _use(self, *_: Any, **__: Any) -> Any:
+        self.was_used = True
+        raise AttributeError(f"an object of type {self.kind.__name__} that an earlier call has made")
+
+    __getattr__ = __call__ = __bool__ = __len__ = __iter__ = __getitem__ = __contains__ = _use
 
 
 def fill(holder: Any, values: Sequence[Any]) -> None:

@@ -20,9 +20,11 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from fomoh_fx.capture.assignment import Assignment, ChangedData, Same, fill, kept_elsewhere
+from fomoh_fx.capture.assignment import Assignment, ChangedData, Lost, Same, fill, kept_elsewhere
 from fomoh_fx.capture.in_place import Snapshot
+from fomoh_fx.capture.leaks import has_tensors_behind
 from fomoh_fx.capture.reading import are_equal, is_plain
+from fomoh_fx.capture.records import opened
 from fomoh_fx.capture.state import STANDARD, Keys, children, containers, follow, has_tensors, written
 from fomoh_fx.errors import CaptureError
 
@@ -170,6 +172,10 @@ class Assignments:
                 _restore(holder, key, old)
                 continue
             if not keys and not (has_tensors(new) or has_tensors(old) or is_plain(old if new is _MISSING else new)):
+                after = Lost(type(new)) if has_tensors_behind(new) else new
+                change = self._change(watched, key, partial(_restore, holder, key), old, after)
+                self.numbers.append(replace(change, is_opaque=True))
+                _restore(holder, key, old)
                 continue
             _restore(holder, key, old)
             if _is_settled(old, new) and not self.watches(old):  # what is in a container may have changed
@@ -253,9 +259,11 @@ class Assignments:
 
     def _flat(self, value: Any) -> tuple[list[Any], Any]:
         """The leaves and their structure; containers that are watched themselves are leaves."""
-        return pytree.tree_flatten(
-            value, is_leaf=lambda x: isinstance(x, torch.Size) or (x is not value and self.watches(x))
-        )
+
+        def is_leaf(x: Any) -> bool:
+            return isinstance(x, torch.Size) or (x is not value and self.watches(x))
+
+        return pytree.tree_flatten(opened(value, is_leaf), is_leaf=is_leaf)
 
     def watches(self, value: Any) -> bool:
         """Whether it is a container from before the run, and what is in it is watched."""
@@ -298,7 +306,8 @@ def _stands_in(tensor: Tensor) -> bool:
 
 def symbolic(value: Any) -> list[Any]:
     """The numbers in a value that stand for a size, or for what only the data decide."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, (SymInt, SymFloat, SymBool))]
+    leaves = pytree.tree_leaves(opened(value, lambda x: False))
+    return [leaf for leaf in leaves if isinstance(leaf, (SymInt, SymFloat, SymBool))]
 
 
 def _restore(holder: Any, key: Any, old: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fomoh_fx.capture.assignment import ChangedData
+from fomoh_fx.capture.assignment import ChangedData, Lost, kept_elsewhere
 from fomoh_fx.capture.assignments import Assignments
 from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.program import Call, Program, Root
@@ -49,6 +49,7 @@ def _look_again(program: Program, first: Changes, capture: Callable[[], Program]
     counted: list[ChangedData] = []
     seen: list[dict[Any, ChangedData]] = []
     depends = False
+    opaque = [change for change in first.values() if change.is_opaque]
     with _after_a_call(program, first.values(), root):
         try:
             same = _observed(capture)[0] if program.assignments else program  # but for the numbers
@@ -60,6 +61,16 @@ def _look_again(program: Program, first: Changes, capture: Callable[[], Program]
             seen.append(second)
             counted = [change for key, change in first.items() if key in second]
             depends = bool(counted) and not same_graph(same, again)
+            if depends and any(change.is_opaque for change in counted):  # it may be something else
+                _put(opaque, [change.before for change in opaque])
+                if same_graph(_observed(capture)[0], again):
+                    counted = [change for change in counted if not change.is_opaque]
+                    depends = bool(counted)
+                _put(opaque, [change.after for change in opaque])
+        lost = [change for change in opaque if isinstance(change.after, Lost)]
+        for change in lost:
+            if change.after.was_used:
+                raise kept_elsewhere(f"{change.name}, an object of type {change.after.kind.__name__}")
         numbers = [change for change in counted if type(change.before) in _NUMBERS]
         for later in zip(*map(_later, numbers), strict=True):
             if not depends:
@@ -81,8 +92,9 @@ def _assign(program: Program, first: Changes, second: Changes, seen: Sequence[Ch
     modules = {id(vars(module)): module for module in root.modules() if module is not root}
     counts, settled = [], []
     for (holder, name), change in first.items():
-        if change.is_size and (holder, name) in second:
-            continue  # written at every call before it is read
+        is_written_first = (change.is_size or change.is_opaque) and (holder, name) in second
+        if is_written_first or isinstance(change.after, Lost):
+            continue  # no call reads what another one has written
         if change.is_size:
             raise CaptureError(
                 f"model: keeps the size of a dynamic dimension in {change.name}, where later calls find it. Leave that "

@@ -12,17 +12,19 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
-from types import CellType, FunctionType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fomoh_fx.capture.assignment import kept_elsewhere
+from fomoh_fx.capture.semantics import is_real
 from fomoh_fx.capture.state import children, is_record, slots_of
 
 _Cache = type(functools.lru_cache(len))
 _Link: Any = getattr(functools, "_lru_list_elem", _Cache)
 _INNER = {dict, list, tuple, deque, set, CellType, _Link}
+_MOST = 10_000  # objects that are searched
 _NOT_A_USERS = {"torch", "fomoh_fx", "numpy", *sys.stdlib_module_names}
 
 
@@ -48,6 +50,22 @@ def refuse_kept(made: Iterable[weakref.ref[Tensor]], returned: Sequence[Any]) ->
     if where is not None:
         _remove(alive)
         raise kept_elsewhere(where)
+
+
+def has_tensors_behind(value: Any) -> bool:
+    """Whether a tensor of a run can be reached from an object, by whatever it has."""
+    seen: set[int] = set()
+    todo = [value]
+    while todo and len(seen) < _MOST:
+        one = todo.pop()
+        if isinstance(one, Tensor):
+            if not is_real(one):
+                return True
+        elif id(one) not in seen and not isinstance(one, (type, ModuleType, nn.Module)):
+            seen.add(id(one))
+            is_function = isinstance(one, FunctionType)  # which refers to all global variables
+            todo += [one.__closure__, one.__defaults__] if is_function else gc.get_referents(one)
+    return False
 
 
 def _alive(made: Iterable[weakref.ref[Tensor]], but: set[int]) -> list[Tensor]:

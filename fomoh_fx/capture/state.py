@@ -15,11 +15,12 @@ from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 #: What every module has for itself.
 STANDARD = frozenset(vars(nn.Module()))
 _NOT_RECORDS = (dict, list, tuple, deque, type, Enum, nn.Module, Tensor, FunctionType, MethodType, BuiltinFunctionType)
-_NOT_A_MODELS = {"torch", "numpy", *sys.stdlib_module_names}
+_NOT_A_MODELS = {"torch", "numpy", "fomoh_fx", *sys.stdlib_module_names}
 _MOST = 10_000  # containers that are searched
 
 Keys = tuple[Any, ...]
@@ -36,7 +37,7 @@ def children(value: Any) -> MutableMapping[Any, Any] | None:
 
 def is_record(value: Any) -> bool:
     """Whether it is an object that a model has for its data, as a dataclass."""
-    if isinstance(value, (SimpleNamespace, UserDict, UserList)):
+    if isinstance(value, (SimpleNamespace, UserDict, UserList, Distribution)):
         return True
     if isinstance(value, _NOT_RECORDS) or not (hasattr(value, "__dict__") or slots_of(value)):
         return False

@@ -358,7 +358,6 @@ REFUSED = {
     "count-in-a-list": (counted_in_a_list, "changes Keeps.items at every call"),
     "grows": (grows, "its Keeps.items grows by tensors at every call"),
     "derivative": (with_its_derivative, "that an earlier call computed from the parameter 'layer.*detach it"),
-    "new-object": (in_a_new_object, "keeps a tensor that it computes in an object of type Record"),
     "new-dictionary": (in_a_new_dictionary_of_its_own, "keeps a tensor that it computes in an object of type Table"),
     "global-list": (in_a_global_list, "the global variable .*GLOBAL, .*buffer"),
     "global-variable": (in_a_global_variable, "the global variable .*LAST, "),
