@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.export import Dim
-from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Call
+from fomoh_fx.capture.records import flattened
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.seeds import positional_names
 
@@ -39,7 +39,7 @@ def dynamic_dims(model: Any, call: Call, dynamic_shapes: Any) -> list[Dims] | No
     given = _by_name(dynamic_shapes, list(arguments), len(names))
     found: list[Dims] = []
     for name, value in arguments.items():
-        leaves, spec = pytree.tree_flatten(value)
+        leaves, spec = flattened(value)
         entry = given.get(name)
         try:
             parts = [None] * len(leaves) if entry is None else spec.flatten_up_to(_as(type(value), entry))

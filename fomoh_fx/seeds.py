@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Call, Input, Program
 from fomoh_fx.capture.hooks import refuse_hooks_of
+from fomoh_fx.capture.reading import are_equal
+from fomoh_fx.capture.records import flattened, opened
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.low_rank import LowRank
 from fomoh_fx.passes.expand import Form
@@ -152,18 +154,18 @@ def input_seeds(model: Any, call: Call, tangents: Any) -> Seeds:
     alike: list[tuple[int, ...]] = []
     number = 0
     for label, value, tangent in arguments:
-        leaves, spec = pytree.tree_flatten(value)
+        leaves, spec = flattened(value)
         if tangent is None:
             parts: list[Any] = [None] * len(leaves)
         else:
-            parts, tangent_spec = pytree.tree_flatten(tangent, is_leaf=lambda x: isinstance(x, LowRank))
+            parts, tangent_spec = pytree.tree_flatten(opened(tangent, _is_low_rank), is_leaf=_is_low_rank)
             if tangent_spec != spec:
                 raise ArgumentError(
                     f"tangents: for {label} they must have the argument's own structure {spec}, got {tangent_spec}"
                 )
         for leaf, part in zip(leaves, parts, strict=True):
             if not isinstance(leaf, Tensor):
-                if part is not None:
+                if part is not None and not are_equal(part, leaf):  # as plain data in an object are
                     raise ArgumentError(f"tangents: for {label} there is one for {leaf!r}, which is not a tensor")
                 continue
             if isinstance(part, LowRank):
@@ -177,6 +179,10 @@ def input_seeds(model: Any, call: Call, tangents: Any) -> Seeds:
             number += 1
     present = [leaf is not None for leaf in pytree.tree_leaves(tangents)]
     return replace(_seeds(owners, stacks, labels), present=present, alike=tuple(alike))
+
+
+def _is_low_rank(x: Any) -> bool:
+    return isinstance(x, LowRank)
 
 
 def axes_alike(stack: Tensor) -> tuple[int, ...]:

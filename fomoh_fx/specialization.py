@@ -16,6 +16,7 @@ from fomoh_fx.capture.assignment import COMPUTED_FROM
 from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.layouts import has_its_layouts
 from fomoh_fx.capture.overlaps import refuse_overlaps
+from fomoh_fx.capture.program import Arguments
 from fomoh_fx.capture.reading import Reader, Reading, kind_of, unusual_strides_of
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.low_rank import factors
@@ -157,15 +158,17 @@ class Specialization:
         """Whether what the signature cannot see is as it was."""
         return is_as_captured(self.program, self.outside, tensors)
 
-    def __call__(self, tensors: Sequence[Tensor], tangents: Sequence[Tensor]) -> HyperDual:
+    def __call__(
+        self, tensors: Sequence[Tensor], tangents: Sequence[Tensor], given: Arguments | None = None
+    ) -> HyperDual:
         """Evaluate; buffers and arguments that the model changes are updated from the primal, once."""
         inputs = [what.value(tensors) for what in self.program.inputs]
         refuse_overlaps(self.program, inputs)
         with torch.no_grad(), without_autocast():
             flat = self.run(*inputs, *tangents)
-            return self.result(flat, tensors)
+            return self.result(flat, tensors, given)
 
-    def result(self, flat: Sequence[Any], tensors: Sequence[Tensor]) -> HyperDual:
+    def result(self, flat: Sequence[Any], tensors: Sequence[Tensor], given: Arguments | None = None) -> HyperDual:
         """Change what the model changes, in itself and its arguments; give the outputs the result's own structure."""
         duals = self.compiled.layout.unpack(flat)
         values: list[HyperDual] = []
@@ -177,7 +180,7 @@ class Specialization:
                 assigned.append(dual.primal)
             else:
                 what.apply(dual.primal, tensors)
-        self.program.assign(assigned, tensors)
+        self.program.assign(assigned, tensors, given)
         rebuild = self.program.structure.rebuild
         primal = rebuild([v.primal for v in values])
         asked = values[:1] if self.with_loss else values
@@ -214,14 +217,15 @@ def _inputs_like(program: Program) -> list[Any]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A specialisation with the tensors and the directions of one call."""
+    """A specialisation with the tensors and directions of one call, and its arguments where the model changes those."""
 
     specialization: Specialization
     tensors: Sequence[Tensor]
     stacks: Sequence[Tensor]
+    given: Arguments | None = None
 
     def __call__(self) -> HyperDual:
-        return self.specialization(self.tensors, self.stacks)
+        return self.specialization(self.tensors, self.stacks, self.given)
 
 
 def outside_of(program: Program) -> Reading:

@@ -18,6 +18,7 @@ from fomoh_fx import lower
 from fomoh_fx.cache import MOST, Cache
 from fomoh_fx.capture import Call, Program, capture
 from fomoh_fx.capture.reading import kind_of
+from fomoh_fx.capture.records import opened
 from fomoh_fx.capture.threads import CAPTURING, is_compiling
 from fomoh_fx.capture.tracing import quiet
 from fomoh_fx.dynamic_shapes import dynamic_dims, must_vary
@@ -161,7 +162,9 @@ class HyperDualModule(nn.Module):
     ) -> Evaluation:
         """What a call with these arguments evaluates, before it does; specialised if need be."""
         call, seeds = self._bind(args, kwargs, tangents, targets)
-        return Evaluation(self._specialize(call, seeds), call.tensors, factors(seeds.stacks))
+        found = self._specialize(call, seeds)
+        given = call.holder if found.program.changes_containers else None
+        return Evaluation(found, call.tensors, factors(seeds.stacks), given)
 
     def _forward_under_dynamo(self, args: Any, kwargs: Any, tangents: Any, targets: Any) -> HyperDual:
         """What torch.compile(hd) traces: only what Dynamo can read, choosing among the specialisations that exist."""
@@ -172,6 +175,8 @@ class HyperDualModule(nn.Module):
             stacks = specialization.stacks_of(tangents)
             program = specialization.program
             if program.constants or program.structures or program.goes_by_offset:  # Dynamo cannot read if they changed
+                continue
+            if program.changes_containers:  # nor follow what is left there
                 continue
             if stacks is not None and specialization.fits(tensors, stacks, others):
                 return specialization(tensors, stacks)
@@ -477,7 +482,7 @@ def _is_float(node: fx.Node) -> bool:
 def argument_names(model: Any, call: Call) -> list[str]:
     """A readable name for every tensor leaf: the argument's name, with the path inside it."""
     function = model.forward if isinstance(model, nn.Module) else model
-    paths, _ = pytree.tree_flatten_with_path((call.args, call.kwargs, call.targets))
+    paths, _ = pytree.tree_flatten_with_path(opened((call.args, call.kwargs, call.targets)))
     return [_readable(function, path) for path, leaf in paths if isinstance(leaf, Tensor)]
 
 
@@ -485,7 +490,7 @@ def _readable(function: Callable[..., Any], path: Any) -> str:
     where, *rest = path
     part = ("args", "kwargs", "targets")[where.idx]
     first = rest[0]
-    tail = "".join(f"_{getattr(k, 'idx', getattr(k, 'key', k))}" for k in rest[1:])
+    tail = "".join(f"_{getattr(k, 'idx', getattr(k, 'key', getattr(k, 'name', k)))}" for k in rest[1:])
     if part == "kwargs":
         return f"{first.key}{tail}"
     if part == "targets":

@@ -41,9 +41,9 @@ class Advancing:
         )
 
 
-def advancing(models: Sequence[Any]) -> list[Advancing]:
-    """The generators and iterators in attributes of modules and in variables of their code."""
-    places: dict[str, Any] = {}
+def advancing(models: Sequence[Any], arguments: Sequence[Any] = ()) -> list[Advancing]:
+    """The generators and iterators among arguments, in attributes of modules and in variables of their code."""
+    places = {f"its argument {value!r}": value for value in arguments if not isinstance(value, _PLAIN)}
     seen: set[int] = set()
     for part in [p for model in models for p in (model.modules() if isinstance(model, nn.Module) else (model,))]:
         kind = type(part).__name__

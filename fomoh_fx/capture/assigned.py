@@ -36,7 +36,8 @@ def note_assignments(program: Program, root: Root, names: Sequence[str]) -> None
             if isinstance(leaf, Same):
                 leaf.value = constant_of(root, leaf.name, names).value
         results = program.results[i : i + made.count]
-        made.computed_from = [_computed_from(result, program, parameters) for result in results]
+        is_kept = made.module is not root.given
+        made.computed_from = [_computed_from(result, program, parameters) if is_kept else None for result in results]
         source = next(filter(None, made.computed_from), None)
         if source and len(made.keys) > 1 and made.is_new and all(_is_of_parameters(r, program) for r in results):
             del program.outputs[i : i + made.count]  # a cache that stays empty: each call computes it anew
@@ -56,7 +57,8 @@ def note_assignments(program: Program, root: Root, names: Sequence[str]) -> None
             refuse_remembered(tensor, place if what.module is None else f"its attribute {place}", root)
     program.module.recompile()
     program.assignments, program.numbers = kept, root.observed.numbers
-    deep = [(made.module, made.keys[0]) for made in root.observed.assigned if not made.is_tensor]
+    of_modules = [made for made in root.observed.assigned if made.module is not root.given]
+    deep = [(made.module, made.keys[0]) for made in of_modules if not made.is_tensor]
     deep += [(what.module, what.attribute) for what in used if what.inside]
     attributes = {(id(module), name): (module, name) for module, name in deep if module is not None}
     program.structures = [

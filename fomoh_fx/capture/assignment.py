@@ -83,17 +83,17 @@ class Assignment:
             for leaf in self.leaves
         ]
 
-    def apply(self, leaves: Sequence[Any]) -> None:
-        """Assign the value with these leaves."""
-        assert self.module is not None
+    def apply(self, leaves: Sequence[Any], module: nn.Module | None) -> None:
+        """Assign the value with these leaves, in a module."""
+        assert module is not None
         value: Any = None if self.spec is None else pytree.tree_unflatten(leaves, self.spec)
         if self.kind == "contents":
-            fill(follow(self.module, self.keys), value)
+            fill(follow(module, self.keys), value)
             return
-        holder: Any = self.module if len(self.keys) == 1 else follow(self.module, self.keys[:-1])
-        by_name = holder is self.module or is_record(holder)
+        holder: Any = module if len(self.keys) == 1 else follow(module, self.keys[:-1])
+        by_name = holder is module or is_record(holder)
         if self.registers is not None:
-            self.module.register_buffer(self.keys[-1], value, persistent=self.registers)
+            module.register_buffer(self.keys[-1], value, persistent=self.registers)
         elif self.kind == "set":
             setattr(holder, self.keys[-1], value) if by_name else holder.__setitem__(self.keys[-1], value)
         elif by_name:

@@ -32,6 +32,8 @@ _MISSING = object()
 _ORDER = ("order",)  # stands for a key
 _NUMBERS = (int, float)
 _FLAGS = (bool, str, type(None))
+#: What the root calls the arguments of the call: they are others at every call, which takes what a run puts there.
+_GIVEN = "given"
 #: Where a module has the hooks of its forward: a model may install some at its first call, and note that it has.
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith("_forward_"))
 
@@ -147,7 +149,9 @@ class Assignments:
             snapshot.put(snapshot.before)
             if has_tensors:
                 self._refusal = self._refusal or kept_elsewhere(f"a {type(snapshot.value).__name__}")
-            if is_there and watched.path is not None:
+            if is_there and watched.path == _GIVEN:
+                self._refuse_change_of_argument(type(snapshot.value).__name__)
+            elif is_there and watched.path is not None:
                 self.numbers.append(self._change(watched, key, snapshot.put, snapshot.before, after))
 
     def _changes(self, watched: _Watched) -> list[Assignment]:
@@ -159,6 +163,9 @@ class Assignments:
         for key in [*before, *(k for k in holder if k not in before)]:
             old, new = before.get(key, _MISSING), holder.get(key, _MISSING)
             if new is old or (not keys and key in STANDARD):
+                continue
+            if path == _GIVEN:
+                found.append(self._change_of_argument(watched, key, old, new))
                 continue
             if symbols := symbolic(new):
                 _restore(holder, key, old)
@@ -189,12 +196,31 @@ class Assignments:
             self._note_order(watched, now)
         return found
 
+    def _change_of_argument(self, watched: _Watched, key: Any, old: Any, new: Any) -> Assignment:
+        """Of a dictionary or an object."""
+        _restore(watched.holder, key, old)
+        if symbolic(new):
+            self._refuse_change_of_argument("size of a dynamic dimension")
+        keys = (*watched.keys, key)
+        if new is _MISSING:
+            return Assignment(watched.path, keys, "delete")
+        return self._taken_out(watched.path, keys, "set", new, old is _MISSING)
+
+    def _refuse_change_of_argument(self, what: str) -> None:
+        self._refuse(
+            f"leaves a {what} that it changes among its arguments, and a graph has no place for it there; return it"
+        )
+
     def _note_order(self, watched: _Watched, now: Sequence[Any]) -> None:
         """A model may go by the order of keys, as a cache that drops the least recently used."""
         order = [*watched.before]
         if [*watched.holder] != order:
             _reorder(watched.holder, order)
-        if [key for key in now if key in watched.before] != [key for key in order if key in now]:
+        if [key for key in now if key in watched.before] == [key for key in order if key in now]:
+            return
+        if watched.path == _GIVEN:
+            self._refuse_change_of_argument("dictionary with another order of its keys")
+        else:
             put = partial(_reorder, watched.holder)
             self.numbers.append(self._change(watched, _ORDER, put, order, [*now]))
 
@@ -210,6 +236,11 @@ class Assignments:
         now, before = list(watched.holder), watched.before
         if _are_same(now, before):
             return []
+        if watched.path == _GIVEN:
+            fill(watched.holder, before)
+            if symbolic(now):
+                self._refuse_change_of_argument("size of a dynamic dimension")
+            return [self._taken_out(watched.path, watched.keys, "contents", now, False)]
         if symbols := symbolic(now):
             fill(watched.holder, before)
             self._note_sizes(watched, None, partial(fill, watched.holder), before, now, symbols)
@@ -306,7 +337,7 @@ def _stands_in(tensor: Tensor) -> bool:
 
 def symbolic(value: Any) -> list[Any]:
     """The numbers in a value that stand for a size, or for what only the data decide."""
-    leaves = pytree.tree_leaves(opened(value, lambda x: False))
+    leaves = pytree.tree_leaves(opened(value))
     return [leaf for leaf in leaves if isinstance(leaf, (SymInt, SymFloat, SymBool))]
 
 

@@ -49,7 +49,7 @@ def capture(
     run = partial(_capture, model, loss, call, argument_names, dynamic_shapes, refusal)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with CAPTURING, torch.random.fork_rng(devices):  # what PyTorch computes meanwhile with what it knows may draw
-        return refuse_counted(partial(refuse_drawn, run, model, loss), model, loss, call)
+        return refuse_counted(partial(refuse_drawn, run, (model, loss), call.others), model, loss, call)
 
 
 def _capture(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -27,13 +27,18 @@ from fomoh_fx.passes.provenance import is_hidden
 _ENDS = (0.0, 1 - 2.0**-53)
 
 
-def refuse_drawn(capture: Callable[[], Program], *models: Any) -> Program:
-    """What is captured, if it does not depend on such draws; ``models`` are the model and the loss.
+def refuse_drawn(capture: Callable[[], Program], models: Sequence[Any], arguments: Sequence[Any]) -> Program:
+    """What is captured, if it does not depend on such draws.
+
+    Args:
+        capture: what captures.
+        models: the model and the loss.
+        arguments: those of the call that are not tensors.
 
     Raises:
         CaptureError: the graph changes with the numbers, or a generator object has been drawn from.
     """
-    before, objects = _state(), advancing(models)
+    before, objects = _state(), advancing(models, arguments)
     with _entropy_refused(), _seeding_refused():
         program = capture()
     after = _state()

@@ -20,15 +20,19 @@ from fomoh_fx.capture.constants import AsConstants, argument
 from fomoh_fx.capture.conversions import conversions_checked
 from fomoh_fx.capture.finite import AssumeFinite
 from fomoh_fx.capture.hooks import gradient_hooks_checked, refuse_hooks_of_module
+from fomoh_fx.capture.leaks import has_tensors_behind
 from fomoh_fx.capture.reading import COUNTED, are_equal
-from fomoh_fx.capture.semantics import ReverseModeSemantics, is_real
-from fomoh_fx.capture.state import Keys, follow, replaced, structure, tensors_in
+from fomoh_fx.capture.records import flattened
+from fomoh_fx.capture.semantics import ReverseModeSemantics
+from fomoh_fx.capture.state import Keys, follow, replaced, structure
 from fomoh_fx.capture.threads import is_in
-from fomoh_fx.errors import ArgumentError
+from fomoh_fx.errors import ArgumentError, CaptureError
 from fomoh_fx.passes.dataflow import draws, graphs_in
 from fomoh_fx.passes.provenance import RecordSourceLines
 
 _ABSENT = object()
+#: What a call has.
+ARGUMENTS = ("args", "kwargs", "targets")
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Call:
     differentiated: Collection[int] = ()
 
     def __post_init__(self) -> None:
-        leaves, self.spec = pytree.tree_flatten((self.args, self.kwargs, self.targets))
+        leaves, self.spec = flattened((self.args, self.kwargs, self.targets))
         self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         self.tensors: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.others = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
@@ -103,6 +107,25 @@ class Call:
         mine, others = iter(tensors), iter(self.others)
         leaves = [next(mine) if is_tensor else next(others) for is_tensor in self.is_tensor]
         return pytree.tree_unflatten(leaves, self.spec)
+
+    @property
+    def holder(self) -> Arguments:
+        """The arguments as a place."""
+        return Arguments(self.args, self.kwargs, self.targets)
+
+
+class Arguments(nn.Module):
+    """The arguments of a call as a place where a model leaves something: a list that it fills, an object it changes."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__()
+        self.put(*given)
+
+    def put(self, *given: Any) -> None:
+        """Have these args, kwargs and targets, or none at all."""
+        for name in ARGUMENTS:
+            vars(self).pop(name, None)
+        vars(self).update(zip(ARGUMENTS, given, strict=False))
 
 
 @dataclass
@@ -159,6 +182,7 @@ class Root(nn.Module):
         self.constants, self.flags = constants, flags
         self.outside = nn.ModuleList(outside)
         self.call, self.observed = call, Observed()
+        self.given = Arguments()
         self.foreign = list(foreign)
         for i, tensor in enumerate(foreign):
             self.register_buffer(f"foreign_{i}", tensor)
@@ -174,10 +198,17 @@ class Root(nn.Module):
         return {name: tensor for table in tables for name, tensor in table}
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
+        try:
+            return self._run(tensors)
+        finally:
+            self.given.put()
+
+    def _run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         with ExitStack() as stack:
             constants = self.observed.constants = stack.enter_context(AsConstants(self, self.constants, self.flags))
             given = constants.of(tensors)
             args, kwargs, targets = self.call.rebuild(given)
+            self.given.put(args, kwargs, targets)
             known = {id(t): getattr(self, f"foreign_{i}") for i, t in enumerate(self.foreign)}
             known |= {id(self.own[name]): t for name, t in self._own().items() if name in self.own}
             leaves = [tensors[i] for i in self.call.differentiated]
@@ -197,13 +228,18 @@ class Root(nn.Module):
         if self.loss is not None:
             _check_loss(value)
         result = output if self.loss is None else (value, output)
-        leaves, spec = pytree.tree_flatten(result)
+        leaves, spec = flattened(result)
         found: list[Tensor] = []
         places: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 places.append(len(found))
                 found.append(leaf)
+            elif has_tensors_behind(leaf):
+                raise CaptureError(
+                    f"model: returns a tensor inside a {type(leaf).__name__}, where no call can put its own; return it "
+                    "in a tuple, a dictionary or a dataclass"
+                )
             else:
                 places.append(_Constant(leaf))
         self.observed.structure = Structure(spec, places)
@@ -228,7 +264,7 @@ class Root(nn.Module):
         """What the run assigns anew, in the end."""
         made = [a for a in assignments.made if not assignments.is_as_before(a, self._at(a.path), self.own)]
         for leaf in (leaf[0] for a in made for leaf in a.leaves if isinstance(leaf, tuple)):
-            if not assignments.watches(leaf) and any(not is_real(tensor) for tensor in tensors_in(leaf)):
+            if not assignments.watches(leaf) and has_tensors_behind(leaf):
                 raise kept_elsewhere(f"an object of type {type(leaf).__name__}")
         numbers: dict[int, int] = {}
         for a in made:
@@ -312,8 +348,8 @@ class Program:
     detached: Sequence[Input] = ()  # inputs of which the graph has no derivative, as the model detaches them
     ties: Sequence[Sequence[tuple[nn.Module, Keys]]] = ()  # places that had one tensor, which is one input
 
-    def assign(self, values: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
-        """Assign what the model assigns, after all of it has been read.
+    def assign(self, values: Sequence[Tensor], arguments: Sequence[Tensor], given: Arguments | None = None) -> None:
+        """Assign what the model assigns, after all of it has been read; in the arguments, if they are given.
 
         Values are copied, for they may be any outputs or inputs: each tensor of the model once.
         """
@@ -326,7 +362,10 @@ class Program:
                 copies[number] = copies[number] if number in copies else value.clone()
             leaves.append(made.filled([copies[number] for number in made.numbers], arguments))
         for made, filled in zip(self.assignments, leaves, strict=True):
-            made.apply(filled)
+            if not isinstance(made.module, Arguments):
+                made.apply(filled, made.module)
+            elif given is not None:
+                made.apply(filled, given)
         for change in self.settled:
             change.put(change.after)
         for module, name, step in self.counts:
@@ -353,6 +392,11 @@ class Program:
         """Whether tensors that were one at capture still are, and others are not."""
         values = [id(what.value(())) for what in self.inputs if what.module is not None]
         return len(set(values)) == len(values) and all(map(_is_one_tensor, self.ties))
+
+    @cached_property
+    def changes_containers(self) -> bool:
+        """Whether it leaves something in its arguments, beside tensors that it changes in place."""
+        return any(isinstance(made.module, Arguments) for made in self.assignments)
 
     @cached_property
     def changed(self) -> dict[int, int]:

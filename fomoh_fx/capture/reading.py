@@ -163,13 +163,15 @@ class Reader:
         if isinstance(value, MethodType):
             return MethodType, value.__func__, self.value(value.__self__)
         if isinstance(value, partial):
-            return partial, self.value(value.func), self._values(value.args), self._items(value.keywords)
+            read = self.value(value.func), self._values(value.args), self._items(value.keywords)
+            return partial, *read, self._identities(tensors_in([value.args, value.keywords]))
         if isinstance(value, complex):
             return type(value), value.real.hex(), value.imag.hex()
         if isinstance(value, slice):
             return slice, self._values((value.start, value.stop, value.step))
         if isinstance(value, Set):
-            return type(value), frozenset(map(self.value, value))
+            tensors = [x for x in value if isinstance(x, Tensor)]
+            return type(value), frozenset(map(self.value, value)), frozenset(self._identities(tensors))
         if is_record(value):
             return self._object(value)
         if isinstance(value, bytearray):
@@ -235,6 +237,12 @@ class Reader:
         if self._objects and not callable(value):
             raise _Unknown
         return self._identity(value)
+
+    def _identities(self, tensors: Iterable[Tensor]) -> tuple[int, ...]:
+        """Of tensors in what has no places: a graph has them as constants."""
+        found = list(tensors)
+        self.kept += found
+        return tuple(map(id, found))
 
     def _identity(self, value: Any) -> Any:
         self.is_plain = False

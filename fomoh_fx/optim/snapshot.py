@@ -27,7 +27,8 @@ class State:
         program = evaluation.specialization.program
         self._contents: dict[int, tuple[Any, Any]] = {}  # by the identity of a container, with a copy
         seen: set[int] = set()
-        roots = [root for root in (hd.model, hd.loss, *program.outside) if isinstance(root, nn.Module)]
+        places = (hd.model, hd.loss, evaluation.given, *program.outside)
+        roots = [root for root in places if isinstance(root, nn.Module)]
         for part in dict.fromkeys(part for root in roots for part in root.modules()):
             inside = [container for _, container in containers(part, seen)]
             for container in (vars(part), part._buffers, *inside):

@@ -157,9 +157,29 @@ def a_count_without_use(model, y):
     return 1.0
 
 
+def in_a_new_object(model, y):
+    before = model.state.value if model.state else 1.0
+    model.state = Record(mean(y))
+    return before
+
+
+def in_a_new_dictionary_of_its_own(model, y):
+    before = model.state["h"] if model.state else 1.0
+    model.state = Table(h=mean(y))
+    return before
+
+
+def in_a_distribution(model, y):
+    """One of PyTorch's, whose tensors are those of the call."""
+    before = model.state.mean if model.state else 1.0
+    model.state = torch.distributions.Normal(mean(y), 2.0)
+    return before
+
+
 CARRIED = [
     in_a_dictionary, in_a_tuple, in_objects, in_a_list_of_places, the_last_ones, taken_out, moved_on, in_place,
     reset_to_none, deleted, cleared_and_filled, a_new_list, a_flag, in_dictionaries_and_lists_of_its_own,
+    in_a_new_object, in_a_new_dictionary_of_its_own, in_a_distribution,
 ]  # fmt: skip
 
 
@@ -313,18 +333,6 @@ def with_its_derivative(model, y):
     return before
 
 
-def in_a_new_object(model, y):
-    before = model.state.value if model.state else 1.0
-    model.state = Record(mean(y))
-    return before
-
-
-def in_a_new_dictionary_of_its_own(model, y):
-    before = model.state["h"] if model.state else 1.0
-    model.state = Table(h=mean(y))
-    return before
-
-
 GLOBAL: list[torch.Tensor] = []
 LAST = None
 
@@ -358,7 +366,6 @@ REFUSED = {
     "count-in-a-list": (counted_in_a_list, "changes Keeps.items at every call"),
     "grows": (grows, "its Keeps.items grows by tensors at every call"),
     "derivative": (with_its_derivative, "that an earlier call computed from the parameter 'layer.*detach it"),
-    "new-dictionary": (in_a_new_dictionary_of_its_own, "keeps a tensor that it computes in an object of type Table"),
     "global-list": (in_a_global_list, "the global variable .*GLOBAL, .*buffer"),
     "global-variable": (in_a_global_variable, "the global variable .*LAST, "),
     "closure": (in_a_closure(), "a variable of the function .*change, "),
