@@ -78,7 +78,7 @@ class _Argument:
         """``[n, *output]`` as a pytree of ``[*output, *leaf]``, the layout of ``torch.func.jacrev``."""
         parts = stacked[: self.count].split([leaf.numel() for leaf in self.leaves])
         shaped = [
-            part.movedim(0, -1).reshape(*stacked.shape[1:], *leaf.shape)
+            part.movedim(0, -1).reshape((*stacked.shape[1:], *leaf.shape))
             for part, leaf in zip(parts, self.leaves, strict=True)
         ]
         return pytree.tree_unflatten(shaped, self.spec)

@@ -72,6 +72,20 @@ def test_a_pytree_argument(point):
     torch.testing.assert_close(fomoh_fx.grad(g)(tree), expected)
 
 
+def test_a_number_as_argument():
+    x = torch.tensor(2.0, dtype=torch.float64)
+    for transform, expected in (("grad", 12), ("hessian", 12), ("hessian_diagonal", 12), ("laplacian", 12)):
+        torch.testing.assert_close(getattr(fomoh_fx, transform)(lambda x: x**3)(x), torch.full_like(x, expected))
+    torch.testing.assert_close(fomoh_fx.hvp(lambda x: x**3)(x, x), torch.full_like(x, 24))
+    tree = {"x": torch.ones(3, dtype=torch.float64), "scale": x}
+
+    def scaled(tree):
+        return tree["x"].square().sum() * tree["scale"].exp()
+
+    torch.testing.assert_close(fomoh_fx.grad(scaled)(tree), torch.func.grad(scaled)(tree))
+    torch.testing.assert_close(fomoh_fx.hessian(scaled)(tree), torch.func.hessian(scaled)(tree))
+
+
 def test_misuse_names_the_argument(point):
     with pytest.raises(fomoh_fx.ArgumentError, match="^f: grad needs .* scalar"):
         fomoh_fx.grad(lambda x: x)(point[0])

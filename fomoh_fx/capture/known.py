@@ -7,10 +7,12 @@ not, so these are computed here, and are constants of the graph.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture.program import Program
 from fomoh_fx.passes.activity import ancestors
@@ -38,14 +40,25 @@ def fold_known(program: Program, foreign: Sequence[Tensor]) -> None:
             indices = [index for given in node.args[1] for index in _without_mask(given, known)]  # type: ignore
             node.args = (node.args[0], indices)
         elif (value := _value(node, known)) is not None:
-            node.replace_all_uses_with(_constant(node, value))
-            node.graph.erase_node(node)
+            for part, known_value in _parts(node, value):
+                part.replace_all_uses_with(_constant(part, known_value))
+                part.graph.erase_node(part)
+            if not isinstance(value, Tensor):
+                node.graph.erase_node(node)
     program.module.recompile()
 
 
 def _gives_size(node: fx.Node) -> bool:
     has_tag = isinstance(node.target, OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags
-    return has_tag and isinstance(node.meta.get("val"), Tensor)
+    values = pytree.tree_leaves(node.meta.get("val"))
+    return has_tag and all(isinstance(value, Tensor) for value in values)
+
+
+def _parts(node: fx.Node, value: Any) -> list[tuple[fx.Node, Tensor]]:
+    """The node with its value, or those that take one of several."""
+    if isinstance(value, Tensor):
+        return [(node, value)]
+    return [(user, value[user.args[1]]) for user in node.users]
 
 
 def _without_mask(index: fx.Node | None, known: Mapping[fx.Node, Tensor]) -> list[fx.Node | None]:
@@ -55,9 +68,9 @@ def _without_mask(index: fx.Node | None, known: Mapping[fx.Node, Tensor]) -> lis
     return [_constant(index, where) for where in mask.nonzero(as_tuple=True)]
 
 
-def _value(node: fx.Node, known: Mapping[fx.Node, Tensor]) -> Tensor | None:
+def _value(node: fx.Node, known: Mapping[fx.Node, Tensor]) -> Any:
     """The node's value, None where it depends on more than what is known."""
-    values = dict(known)
+    values: dict[fx.Node, Any] = dict(known)
     module = node.graph.owning_module
     before = ancestors(node.graph, [node])
     if any((n.op == "placeholder" and n not in known) or is_effectful_call(n) for n in before):

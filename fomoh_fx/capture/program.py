@@ -247,7 +247,7 @@ class Root(nn.Module):
             raise ArgumentError(
                 f"model: returns no floating-point tensor, so it has no derivative (it returned {result!r})"
             )
-        self.observed.numbers = assignments.numbers
+        self.observed.numbers = [*assignments.numbers, *self._learning(semantics, names)]
         self.observed.assigned = self._assigned(assignments)
         constants.changed |= {f"{made.path}.{made.keys[0]}" for made in self.observed.assigned} & {*constants.put}
         new = [tensor for made in self.observed.assigned for tensor in made.tensors]
@@ -270,6 +270,13 @@ class Root(nn.Module):
         for a in made:
             a.numbers = [numbers.setdefault(id(tensor), len(numbers)) for tensor in a.tensors]
         return made
+
+    def _learning(self, semantics: ReverseModeSemantics, names: Mapping[int, str]) -> Iterator[ChangedData]:
+        """What of its own requires a gradient after the run and did not before, or the other way round."""
+        for key, (tensor, learns) in semantics.learning.items():
+            if learns != tensor.requires_grad and (own := self.own.get(names[key])) is not None:
+                name = f"{names[key].removeprefix('model.')}.requires_grad"
+                yield ChangedData((id(own), "requires_grad"), name, own.requires_grad_, tensor.requires_grad, learns)
 
     def _at(self, path: str | None) -> nn.Module:
         return self.get_submodule(path or "")

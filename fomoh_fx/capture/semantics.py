@@ -110,6 +110,7 @@ _READ_NUMBERS = {
 }
 _READ_MEMORY = {torch.Tensor.data_ptr, torch.Tensor.__dlpack__}  # of which one without data may give any
 _GRADIENTS = {torch.Tensor.grad.__get__, torch.Tensor._grad.__get__}  # type: ignore[attr-defined,union-attr]
+_SET_LEARNING = {torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _ASK_FOR_GRADIENT = {torch.Tensor.requires_grad.__get__, _IS_LEAF}  # type: ignore[attr-defined]
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
@@ -148,6 +149,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         undecided: errors because of a number that is not known, which the model itself may catch, or PyTorch.
         has_denied: whether the model has asked a tensor for a gradient of it, and been told that there is none.
         asks_for_offset: whether the model has asked where in its storage a tensor begins.
+        learning: what requires a gradient or does not, since the model has said so, and whether it does.
     """
 
     def __init__(
@@ -165,6 +167,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         self.refusal: Exception | None = None
         self.undecided: list[Exception] = []
         self.asks_for_offset = False
+        self.learning: dict[int, tuple[Tensor, bool]] = {}
         self._aliases = Aliases(self._remember)
         self._shared: list[list[tuple[weakref.ref[Tensor], int]]] = []  # of one memory after x.data = y, with versions
         self._moved: list[weakref.ref[Tensor]] = []  # x after x.data = y, which its earlier views are no part of
@@ -174,7 +177,7 @@ class ReverseModeSemantics(TorchFunctionMode):
     def __enter__(self) -> ReverseModeSemantics:
         self._patches.enter_context(functions_called(_record_function))
         self._patches.enter_context(higher_order_operators())
-        self._patches.enter_context(entrances_noticed(self.own))
+        self._patches.enter_context(entrances_noticed(lambda tensor: self._used(self.own(tensor))))
         # PyTorch's own Function for x[i] under vmap, as masks of attention are made: an index, and its derivative
         self._patches.enter_context(patch.object(scalar_indexing, "mod_index", scalar_indexing.ModIndex.forward))
         self._patches.enter_context(
@@ -234,6 +237,11 @@ class ReverseModeSemantics(TorchFunctionMode):
                 f"model: reads the memory of a tensor (.{func.__name__}()) while it runs, and a graph has none; use "
                 "torch functions, or make an operator of it (torch.library.custom_op)"
             )
+        if func in _ASK_FOR_GRADIENT and func != _IS_LEAF and id(args[0]) in self.learning:
+            return self.learning[id(args[0])][1]
+        if func in _SET_LEARNING and id(args[0]) in self.names:
+            self.learning[id(args[0])] = args[0], bool((*args[1:], *kwargs.values(), True)[0])
+            return None if func != torch.Tensor.requires_grad_ else args[0]
         func = traceable(func, args)
         if func == torch.Tensor.requires_grad.__set__ and args[0].requires_grad and args[1]:  # type: ignore[attr-defined]
             return None  # which only leaves allow, and here an input with a tangent is none
@@ -265,6 +273,10 @@ class ReverseModeSemantics(TorchFunctionMode):
             )
         if func is torch.autograd.grad and not kwargs["create_graph"]:
             return pytree.tree_map_only(Tensor, stopped, func(*args, **kwargs))
+        if self.learning:
+            changed, given = (args[:1], args[1:]) if mutates(func) else ((), args)
+            given, kwargs = pytree.tree_map_only(Tensor, self._used, (given, kwargs), is_leaf=_is_size)
+            args = (*changed, *given)
         if torch.is_grad_enabled() or func in _ATTRIBUTES:
             result = func(*args, **kwargs)
         else:
@@ -286,6 +298,11 @@ class ReverseModeSemantics(TorchFunctionMode):
         if is_real(tensor):
             self.foreign[id(tensor)] = tensor
         return tensor
+
+    def _used(self, tensor: Tensor) -> Tensor:
+        """What a function is given: without derivative, what the model has told not to require a gradient."""
+        _, learns = self.learning.get(id(tensor), (tensor, True))
+        return tensor if learns else stopped(tensor)
 
     def source_of(self, tensor: Tensor) -> Tensor | None:
         """For ``x.detach()`` or ``x.data``, x."""

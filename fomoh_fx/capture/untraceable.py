@@ -154,6 +154,13 @@ def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | No
     return torch.return_types.linalg_lstsq((solution, residuals, rank, values))  # type: ignore[attr-defined]
 
 
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """With probability one nothing is drawn: the product with zero."""
+    if p != 1 or not training:
+        return torch.nn.functional.dropout(input, p, training, inplace)
+    return input.mul_(0) if inplace else input.mul(0)
+
+
 def _equal(input: Tensor, other: Tensor) -> bool:
     """Shapes that differ, and one tensor in both places, need no look at the values."""
     return input.shape == other.shape and (input is other or torch.equal(input, other))
@@ -170,6 +177,7 @@ _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.nn.functional.gaussian_nll_loss: _gaussian_nll_loss,
     torch.nn.functional.ctc_loss: _ctc_loss,
     torch.ctc_loss: _ctc_loss,
+    torch.nn.functional.dropout: _dropout,
     torch.equal: _equal,
     torch.Tensor.equal: _equal,
     torch.linalg.lstsq: _lstsq,

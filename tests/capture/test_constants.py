@@ -62,3 +62,25 @@ def test_in_eval_what_an_epoch_changes_is_not_captured_again(edges):
     assert {what.name for what, _ in hd.latest.program.constants} == {"sample"} | (
         {"edges"} if edges is not None else set()
     )
+
+
+def mean_of_each(z, y):
+    return sum(z[y == c].mean(0).pow(2).sum() for c in y.unique())
+
+
+def sum_of_each(z, y):
+    classes, where, counts = torch.unique(y, return_inverse=True, return_counts=True)
+    return (z.new_zeros(len(classes), 3).index_add(0, where, z) / counts.unsqueeze(1)).pow(3).sum()
+
+
+@pytest.mark.parametrize("loss", [mean_of_each, sum_of_each])
+def test_classes_of_a_batch(loss):
+    """Which values there are gives sizes; other labels are captured again."""
+    model = nn.Linear(3, 3).double()
+    hd, x = fomoh_fx.transform(model, loss), torch.randn(5, 3, dtype=torch.float64)
+    for labels in ([0, 1, 1, 2, 0], [4, 4, 1, 4, 4], [0, 1, 1, 2, 0]):
+        y = torch.tensor(labels)
+        out = hd(x, tangents={"bias": torch.eye(3, dtype=torch.float64)}, targets=(y,))
+        value = loss(model(x), y)
+        torch.testing.assert_close(out.primal, value.detach())
+        torch.testing.assert_close(out.tangent, torch.autograd.grad(value, model.bias)[0])

@@ -2,7 +2,9 @@
 
 import warnings
 
+import pytest
 import torch
+from torch import nn
 
 import fomoh_fx
 
@@ -41,3 +43,53 @@ def test_capture_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first_derivative(lambda x, times: x.sin().sum() if int(times) > 1 else x.sum(), torch.tensor(2))
+
+
+class Adversary(nn.Module):
+    """A part that one of two losses takes as a constant."""
+
+    def __init__(self, freeze, thaw):
+        super().__init__()
+        self.generator, self.critic = (nn.Linear(2, 2, bias=False).double() for _ in range(2))
+        self.freeze, self.thaw = freeze, thaw
+
+    def forward(self, x):
+        self.freeze(self.critic)
+        is_asked = self.critic.weight.requires_grad
+        fooled = self.critic(self.generator(x)).pow(3).sum()
+        self.thaw(self.critic)
+        return (2.0 if is_asked else 1.0) * fooled + 10 * self.critic(self.generator(x).detach()).pow(2).sum()
+
+
+def set_to(value):
+    def put(module):
+        module.weight.requires_grad = value
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("freeze", "thaw"),
+    [
+        (lambda module: module.requires_grad_(False), lambda module: module.requires_grad_(True)),
+        (set_to(False), set_to(True)),
+        (lambda module: module.requires_grad_(False), lambda module: None),
+    ],
+    ids=["method", "attribute", "left so"],
+)
+def test_what_requires_no_gradient_for_a_while_is_a_constant_meanwhile(freeze, thaw):
+    model = Adversary(freeze, thaw)
+    x, v = torch.randn(3, 2, dtype=torch.float64), torch.randn(1, 2, 2, dtype=torch.float64)
+    hd = fomoh_fx.transform(model)
+    for _ in range(2):
+        out = hd(x, tangents={"critic.weight": v, "generator.weight": v})
+        left = model.critic.weight.requires_grad
+        model.requires_grad_(True)
+        loss = model(x)
+        assert model.critic.weight.requires_grad is left
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+        slope = sum((g * v[0]).sum() for g in gradients)
+        second = torch.autograd.grad(slope, leaves)
+        torch.testing.assert_close(out.tangent[0], slope.detach())
+        torch.testing.assert_close(out.cross[0], sum((h * v[0]).sum() for h in second))

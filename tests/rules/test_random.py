@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fomoh_fx
@@ -162,3 +164,18 @@ def test_numbers_are_drawn_in_the_order_of_the_model_s_own_layout():
     torch.manual_seed(0)
     out = fomoh_fx.transform(model, wrt="inputs")(x, tangents=(torch.ones(1, 2, 4, 3, dtype=torch.float64),))
     torch.testing.assert_close(out.primal, expected)
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda x: F.dropout(x, 1.0), nn.Dropout(1.0), lambda x: F.dropout(x * 1, 1.0, True, True)]
+)
+def test_a_dropout_of_everything_draws_nothing(layer):
+    x = torch.linspace(1, 2, 4, dtype=torch.float64)
+
+    def function(x):
+        return (layer(x) + x * torch.rand(4, dtype=torch.float64)).sum()
+
+    torch.manual_seed(0)
+    expected = function(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(fomoh_fx.transform(function, wrt="inputs")(x, tangents=(x[None],)).primal, expected)
