@@ -270,8 +270,9 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, OpOverload):
-            self.draws |= torch.Tag.nondeterministic_seeded in func.tags
             named = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+            is_off = named.get("train") is False or named.get("training") is False  # dropout in evaluation
+            self.draws |= torch.Tag.nondeterministic_seeded in func.tags and not is_off
             written = [named.get(a.name) for a in func._schema.arguments if a.is_write]
             changed = [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Tensor)]
             self.changes |= any(_share_memory(a, b) for a in changed for b in self.tensors)

@@ -180,6 +180,20 @@ def test_composite_of_a_function_that_draws() -> None:
     torch.testing.assert_close(out.tangent, out.primal / X * V)
 
 
+def test_dropout_in_evaluation_draws_nothing_in_a_function() -> None:
+    class Sine(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return torch.nn.functional.dropout(x.sin(), 0.1, training=False)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g * ctx.saved_tensors[0].cos()
+
+    agree(lambda x: Sine.apply(x * x).sum(1), lambda x: (x * x).sin().sum(1))
+
+
 def test_two_functions_of_one_name() -> None:
     double, triple = opaque(lambda x: 2 * x), opaque(lambda x: 3 * x)
     fomoh_fx.register_rule(double, elementwise("2*x"))

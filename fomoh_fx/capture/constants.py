@@ -75,9 +75,18 @@ def _literal(x: Tensor) -> Tensor:
     return torch.tensor(values, dtype=x.dtype, device=x.device)
 
 
+def _known(x: Any) -> Any:
+    """The value of a tensor that the frontend knows, None if it does not; what is no tensor itself."""
+    while isinstance(x, FunctionalTensor):
+        x = torch._from_functional_tensor(x.elem)
+    return x.constant if isinstance(x, FakeTensor) else None if isinstance(x, Tensor) else x
+
+
+#: What makes tensors of numbers inside, which a frontend then does not know; of known tensors, too.
 _FACTORIES = {
     torch.arange, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones, torch.tril_indices,
-    torch.triu_indices, torch.zeros,
+    torch.triu_indices, torch.zeros, torch.scalar_tensor, torch.where, torch.Tensor.where, torch.nn.functional.one_hot,
+    torch.hann_window, torch.hamming_window, torch.blackman_window, torch.bartlett_window, torch.kaiser_window,
 }  # fmt: skip
 
 
@@ -166,16 +175,18 @@ class AsConstants(TorchFunctionMode):
             self.used |= names
             if func in KEEP_STATISTICS:
                 self.changed |= names
-        if self.values is not None and func in _FACTORIES and _are_numbers(args, kwargs):
-            with unset_fake_temporarily(), disable_proxy_modes_tracing():
-                made = func(*args, **kwargs)
-            if _is_small(made):
-                return _literal(made)
+        if self.values is not None and func in _FACTORIES and not kwargs.get("requires_grad"):
+            known = pytree.tree_map(_known, (args, kwargs))
+            if _are_known(known, (args, kwargs)):
+                with unset_fake_temporarily(), disable_proxy_modes_tracing():
+                    made = func(*known[0], **known[1])
+                if isinstance(made, Tensor) and _is_small(made):
+                    return _literal(made)
         return func(*args, **kwargs)
 
 
-def _are_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether no tensor, no dynamic size and no demand for a gradient is among the arguments."""
-    leaves = pytree.tree_leaves((args, kwargs))
-    dynamic = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-    return not any(isinstance(leaf, dynamic) for leaf in leaves) and not kwargs.get("requires_grad")
+def _are_known(known: Any, given: Any) -> bool:
+    """Whether every tensor has a value, and no dynamic size is among the arguments."""
+    dynamic = (torch.SymInt, torch.SymFloat, torch.SymBool)
+    pairs = zip(pytree.tree_leaves(known), pytree.tree_leaves(given), strict=True)
+    return not any(isinstance(leaf, dynamic) or (isinstance(leaf, Tensor) and value is None) for value, leaf in pairs)

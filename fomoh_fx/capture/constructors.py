@@ -70,6 +70,20 @@ def _of_elements(constructor: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return made
 
 
+def index_of_elements(index: Any) -> Any:
+    """An index with a tensor in the place of every sequence of tensors in it, whose values PyTorch would read.
+
+    A list alone is an index of each dimension, as a tuple.
+    """
+    if not isinstance(index, tuple):
+        return index
+    return tuple(torch.tensor(list(i)) if _is_of_tensors(i) else i for i in index)
+
+
+def _is_of_tensors(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(x, Tensor) for x in value)
+
+
 def _dtype_of(element: Any) -> torch.dtype:
     return element.dtype if isinstance(element, Tensor) else torch.tensor(element).dtype
 

@@ -276,7 +276,8 @@ class Root(nn.Module):
         for key, (tensor, learns) in semantics.learning.items():
             if learns != tensor.requires_grad and (own := self.own.get(names[key])) is not None:
                 name = f"{names[key].removeprefix('model.')}.requires_grad"
-                yield ChangedData((id(own), "requires_grad"), name, own.requires_grad_, tensor.requires_grad, learns)
+                put = partial(setattr, own, "requires_grad")
+                yield ChangedData((id(own), "requires_grad"), name, put, tensor.requires_grad, learns)
 
     def _at(self, path: str | None) -> nn.Module:
         return self.get_submodule(path or "")

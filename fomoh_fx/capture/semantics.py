@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture.aliases import Aliases, is_differentiable, is_view, stopped
 from fomoh_fx.capture.constants import KEEP_STATISTICS
-from fomoh_fx.capture.constructors import class_of
+from fomoh_fx.capture.constructors import class_of, index_of_elements
 from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.entrances import entrances_noticed
 from fomoh_fx.capture.untraceable import traceable
@@ -110,6 +110,7 @@ _READ_NUMBERS = {
 }
 _READ_MEMORY = {torch.Tensor.data_ptr, torch.Tensor.__dlpack__}  # of which one without data may give any
 _GRADIENTS = {torch.Tensor.grad.__get__, torch.Tensor._grad.__get__}  # type: ignore[attr-defined,union-attr]
+_INDEX = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _SET_LEARNING = {torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _ASK_FOR_GRADIENT = {torch.Tensor.requires_grad.__get__, _IS_LEAF}  # type: ignore[attr-defined]
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
@@ -242,6 +243,8 @@ class ReverseModeSemantics(TorchFunctionMode):
         if func in _SET_LEARNING and id(args[0]) in self.names:
             self.learning[id(args[0])] = args[0], bool((*args[1:], *kwargs.values(), True)[0])
             return None if func != torch.Tensor.requires_grad_ else args[0]
+        if func in _INDEX:
+            args = (args[0], index_of_elements(args[1]), *args[2:])
         func = traceable(func, args)
         if func == torch.Tensor.requires_grad.__set__ and args[0].requires_grad and args[1]:  # type: ignore[attr-defined]
             return None  # which only leaves allow, and here an input with a tangent is none

@@ -84,3 +84,49 @@ def test_classes_of_a_batch(loss):
         value = loss(model(x), y)
         torch.testing.assert_close(out.primal, value.detach())
         torch.testing.assert_close(out.tangent, torch.autograd.grad(value, model.bias)[0])
+
+
+FOLLOWED = {
+    "where with numbers": lambda mask: torch.where(mask > 0, 1, 0),
+    "where with a number": lambda mask: mask.where(mask > 0, 0),
+    "one_hot": lambda mask: torch.nn.functional.one_hot(mask, 3)[:, 1],
+    "arange of a tensor": lambda mask: torch.arange(mask.sum()) - 1,
+    "full of a tensor": lambda mask: torch.full((2,), mask.sum()),
+    "scalar_tensor": lambda mask: torch.maximum(mask, torch.scalar_tensor(0, dtype=torch.int64)),
+    "window": lambda mask: torch.hann_window(3),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_known_values_are_followed_through(name):
+    """What these make of numbers inside is known as well; other values of the argument are captured again."""
+
+    def loss(z, mask):
+        chosen = FOLLOWED[name](mask).nonzero(as_tuple=True)[0]
+        return z[chosen].reshape(len(chosen), -1).pow(2).sum() if len(chosen) > 0 else z.sum()
+
+    model = nn.Linear(3, 3).double()
+    hd, x = fomoh_fx.transform(model, loss), torch.randn(4, 3, dtype=torch.float64)
+    for values in ([0, 1, 1, 0], [1, 0, 0, 2]):
+        mask = torch.tensor(values)
+        out = hd(x, tangents={"bias": torch.eye(3, dtype=torch.float64)}, targets=(mask,))
+        value = loss(model(x), mask)
+        torch.testing.assert_close(out.primal, value.detach())
+        torch.testing.assert_close(out.tangent, torch.autograd.grad(value, model.bias)[0])
+
+
+def scattered(z, places):
+    rows, columns = zip(*places, strict=True)
+    z = z.clone()
+    z[rows, columns] = z[list(columns), 1].sum() * z[columns].exp()
+    return z[rows, columns].pow(3).sum() + z[rows, 0].sum()
+
+
+def test_an_index_by_sequences_of_tensors():
+    model = nn.Linear(3, 3).double()
+    hd, x = fomoh_fx.transform(model, scattered), torch.randn(4, 3, dtype=torch.float64)
+    for places in (torch.tensor([[0, 1], [3, 2]]), torch.tensor([[1, 1], [0, 0]])):
+        out = hd(x, tangents={"bias": torch.eye(3, dtype=torch.float64)}, targets=(places,))
+        value = scattered(model(x), places)
+        torch.testing.assert_close(out.primal, value.detach())
+        torch.testing.assert_close(out.tangent, torch.autograd.grad(value, model.bias)[0])

@@ -150,6 +150,13 @@ def masked_video() -> dict[str, Any]:
     return {"pixel_values": torch.randn(2, 4, 3, 4, 4, dtype=torch.float64), "bool_masked_pos": mask}
 
 
+def global_attention() -> dict[str, Any]:
+    """The values of the masks decide which places there are that attend to all others."""
+    places = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    places[:, 0] = 1
+    return {**masked(), "global_attention_mask": places}
+
+
 EAGER = {"_attn_implementation": "eager"}
 GPT2 = {
     "vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1,
@@ -259,6 +266,11 @@ OTHERS = {
     "gpt2-cache": Case("GPT2LMHeadModel", "GPT2Config", GPT2, tokens),
     "llama-cache": Case("LlamaForCausalLM", "LlamaConfig", GROUPED, tokens),
     "t5-cache": Case("T5ForConditionalGeneration", "T5Config", T5, lambda: {**translation(), "use_cache": True}),
+    "longformer": Case(
+        "LongformerForMaskedLM", "LongformerConfig", {**SIZES, "num_hidden_layers": 1, "attention_window": [4]},
+        global_attention,
+    ),
+    "vilt": Case("ViltForQuestionAnswering", "ViltConfig", VIT, lambda: {**tokens(), **pixels(8)()}),
     "distilbert": Case("DistilBertForSequenceClassification", "DistilBertConfig", DISTILBERT, masked),
     "roberta": Case("RobertaForMaskedLM", "RobertaConfig", SIZES, masked),
     "gpt-neox": Case("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES, uncached),
