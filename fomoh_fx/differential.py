@@ -4,6 +4,10 @@ Each takes a function of tensors and returns a function of the same arguments. D
 argument number ``argnums`` (any pytree of floating-point tensors; for a tuple of numbers, these arguments as one),
 all in one pass: n of them for n numbers, so these are for arguments of moderate size. Keyword arguments go on to
 f. ``chunk_size`` bounds how many directions are propagated at a time where the result does not need all pairs.
+
+The results are values: no autograd graph leads from them to the arguments or to a parameter of f, so ``backward`` does
+not see them, and they are no functions for ``torch.func`` to transform. Inside a loss, use ``torch.func``'s own; the
+whole loss may then be transformed by :func:`fomoh_fx.transform`.
 """
 
 from __future__ import annotations

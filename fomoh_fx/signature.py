@@ -82,11 +82,10 @@ def _copied(value: Any) -> Any:
     return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
-def _is_comparable(value: Any) -> bool:
-    if type(value) in (list, tuple):
-        return all(map(_is_comparable, value))
-    if type(value) is dict:
-        return all(map(_is_comparable, value.values()))
+def _is_comparable(value: Any, depth: int = 8) -> bool:
+    if type(value) in (list, tuple, dict):
+        inside = value.values() if type(value) is dict else value
+        return depth > 0 and all(_is_comparable(x, depth - 1) for x in inside)  # one may be in itself
     return type(value) in _PLAIN or isinstance(value, (type, nn.Module))
 
 

@@ -64,7 +64,12 @@ def source_line(stack_trace: str | None) -> str:
     if not users:
         return ""
     frame = users[-1]
-    return f"{_short(frame['file'])}:{frame['line']}, {(frame['code'] or '').strip()}".removesuffix(", ")
+    return written_line(frame["file"], int(frame["line"]), (frame["code"] or "").strip())
+
+
+def written_line(file: str, line: int, code: str) -> str:
+    """``model.py:12, y = self.layer(x)``; without the code where there is none."""
+    return f"{_short(file)}:{line}, {code}".removesuffix(", ")
 
 
 def _short(file: str) -> str:

@@ -107,7 +107,7 @@ class ChangedData:
     """Plain data that a run has changed to others, and how to put them.
 
     With ``is_size``, ``after`` is an example: it follows a dynamic dimension. With ``is_opaque`` it is another object
-    at every call, and which one it is does not count.
+    at every call, and which one it is does not count. ``attribute`` is that of a class of modules.
     """
 
     key: tuple[int, Any]
@@ -117,6 +117,7 @@ class ChangedData:
     after: Any
     is_size: bool = False
     is_opaque: bool = False
+    attribute: tuple[type, str] = (nn.Module, "")
 
 
 class Lost:

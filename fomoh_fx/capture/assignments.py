@@ -26,6 +26,7 @@ from fomoh_fx.capture.leaks import has_tensors_behind
 from fomoh_fx.capture.reading import are_equal, is_plain
 from fomoh_fx.capture.records import opened
 from fomoh_fx.capture.state import STANDARD, Keys, children, containers, follow, has_tensors, written
+from fomoh_fx.capture.where import at_attribute
 from fomoh_fx.errors import CaptureError
 
 _MISSING = object()
@@ -128,18 +129,21 @@ class Assignments:
             module._non_persistent_buffers_set.clear()
             module._non_persistent_buffers_set.update(names)
         for module, what, table, before in self._tables:
-            if _put_back(table, before):
+            others = [name for name in {**before, **table} if table.get(name) is not before.get(name)]
+            if _put_back(table, before) and others:
                 self._refuse(
                     f"assigns another {'tensor to a parameter' if what == 'parameter' else 'submodule'} of its "
                     f"{type(module).__name__} while it runs; "
-                    + ("compute with the new tensor under another name" if what == "parameter" else "make it before")
+                    + ("compute with the new tensor under another name" if what == "parameter" else "make it before"),
+                    _Watched(None, (others[0],), module, table, before),
                 )
         if self._refusal is not None and kind is None:
             raise self._refusal
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str, watched: _Watched | None = None) -> None:
         """In the end, when everything is as it was; the first reason counts."""
-        self._refusal = self._refusal or CaptureError(f"model: {why}")
+        where = at_attribute(type(watched.module), watched.keys[0]) if watched is not None and watched.keys else ""
+        self._refusal = self._refusal or CaptureError(f"model: {why}{where}")
 
     def _changes_in_place(self) -> None:
         """Of what is no container, and then as it was."""
@@ -254,7 +258,8 @@ class Assignments:
             self._refuse(
                 f"its {type(watched.module).__name__}.{written(watched.keys)} grows by tensors at every call, so every "
                 "call would need another graph. Clear it at the start of forward, or keep the tensors in a buffer or "
-                "in a collections.deque with a maxlen"
+                "in a collections.deque with a maxlen",
+                watched,
             )
         return [self._taken_out(watched.path, watched.keys, "contents", now, False)]
 
@@ -266,7 +271,8 @@ class Assignments:
         if any(map(free_unbacked_symbols, symbols)):
             self._refuse(
                 f"keeps a number that only the data decide (.item()) in its {change.name}, and a graph has no numbers; "
-                "keep the tensor (.detach()) instead, which every call assigns"
+                "keep the tensor (.detach()) instead, which every call assigns",
+                replace(watched, keys=(*watched.keys, key)),
             )
             return
         example = pytree.tree_map_only((SymInt, SymFloat, SymBool), lambda size: size.node.hint + 1, after)
@@ -280,7 +286,8 @@ class Assignments:
     def _change(self, watched: _Watched, key: Any, put: Callable[[Any], None], before: Any, after: Any) -> ChangedData:
         keys = watched.keys if key is None or key is _ORDER else (*watched.keys, key)
         name = f"{type(watched.module).__name__}.{written(keys)}"
-        return ChangedData((id(watched.holder), key), name, put, before, after)
+        attribute = type(watched.module), str(keys[0])
+        return ChangedData((id(watched.holder), key), name, put, before, after, attribute=attribute)
 
     def _taken_out(self, path: str | None, keys: Keys, kind: Any, value: Any, is_new: bool) -> Assignment:
         values, spec = self._flat(value)

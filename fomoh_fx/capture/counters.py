@@ -21,6 +21,7 @@ from fomoh_fx.capture.assignments import Assignments
 from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.program import Call, Program, Root
 from fomoh_fx.capture.reading import COUNTED
+from fomoh_fx.capture.where import at_attribute
 from fomoh_fx.errors import CaptureError, FomohError
 from fomoh_fx.passes.retrace import without_autocast
 
@@ -80,9 +81,10 @@ def _look_again(program: Program, first: Changes, capture: Callable[[], Program]
                 depends = not same_graph(same, again)
     if depends:
         names = " and ".join(change.name for change in counted)
+        where = next((line for change in counted if (line := at_attribute(*change.attribute))), "")
         raise CaptureError(
             f"model: changes {names} at every call, and computes with it or returns it, so the graph would "
-            "have its first value for ever. Keep it as a tensor in a buffer, or pass it as an argument"
+            f"have its first value for ever. Keep it as a tensor in a buffer, or pass it as an argument{where}"
         )
     _assign(program, first, second, seen, root)
 

@@ -492,3 +492,13 @@ def test_a_graph_that_read_nothing_there_is_not_that_of_a_count():
         x = torch.randn(4, 3).double()
         torch.testing.assert_close(hd(x, tangents={"layer.bias": torch.ones(1, 2).double()}).primal, theirs(x).detach())
         assert ours.kept == theirs.kept
+
+
+def test_containers_that_have_themselves():
+    model = Keeps(lambda model, x, step: 2.0)
+    model.log, model.table = [], {}
+    model.log.append(model.log)
+    model.table["self"] = model.table
+    x = torch.randn(2, 3).double()
+    out = fomoh_fx.transform(model)(x, tangents={"layer.bias": torch.ones(1, 2).double()})
+    torch.testing.assert_close(out.primal, model(x).detach())
