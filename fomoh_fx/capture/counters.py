@@ -2,9 +2,10 @@
 
 A graph has an attribute as a constant. What a call changes, such as the largest length that a cache was made for, it
 assigns, and the next call, which finds another value, has a graph of its own. Numbers that every call changes are
-refused if the graph depends on them. If not, those to which every call adds the same (``self.step += 1``) are counted,
-and do not need another graph. Which of them these are is found by capturing again as the second call and some later
-ones would find the model; that the model does something at one call alone, ``if self.step == 100``, is not found.
+refused if the graph depends on them, unless they take a few values by turns. If it does not, those to which every call
+adds the same (``self.step += 1``) are counted, and do not need another graph. Which of them these are is found by
+capturing again as the second call and some later ones would find the model; that the model does something at one call
+alone, ``if self.step == 100``, is not found.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fomoh_fx.capture.assignment import ChangedData, Lost, kept_elsewhere
 from fomoh_fx.capture.assignments import Assignments
 from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.program import Call, Program, Root
-from fomoh_fx.capture.reading import COUNTED
+from fomoh_fx.capture.reading import COUNTED, are_equal
 from fomoh_fx.capture.where import at_attribute
 from fomoh_fx.errors import CaptureError, FomohError
 from fomoh_fx.passes.retrace import without_autocast
@@ -28,6 +29,7 @@ from fomoh_fx.passes.retrace import without_autocast
 Changes = dict[Any, ChangedData]
 _NUMBERS = (int, float)
 #: Numbers at which a count is looked at again: a model may depend on it only from some call on, or at every n-th.
+_FEW = 9  # values that data may take by turns
 _LATE, _ROUND = 10**6 + 3, 2**10 * 3**3 * 5**6 * 7 * 11 * 13
 
 
@@ -79,18 +81,48 @@ def _look_again(program: Program, first: Changes, capture: Callable[[], Program]
                 again, changes = _observed(capture)
                 seen.append(changes)
                 depends = not same_graph(same, again)
-    if depends:
+        takes_few = depends and _take_few(counted, second, capture)
+    if depends and not takes_few:
         names = " and ".join(change.name for change in counted)
         where = next((line for change in counted if (line := at_attribute(*change.attribute))), "")
         raise CaptureError(
             f"model: changes {names} at every call, and computes with it or returns it, so the graph would "
             f"have its first value for ever. Keep it as a tensor in a buffer, or pass it as an argument{where}"
         )
-    _assign(program, first, second, seen, root)
+    _assign(program, first, second, [] if takes_few else seen, root)
+
+
+def _take_few(counted: Sequence[ChangedData], second: Changes, capture: Callable[[], Program]) -> bool:
+    """Whether what the second call changes, too, takes a few values over and over, or one in the end.
+
+    Every call then assigns what the model does, and there is a graph for each: ``self.turn = (self.turn + 1) % 4``.
+    """
+    if any(change.is_opaque or change.is_size for change in counted):
+        return False
+    met = [[change.before for change in counted]]
+    now, changes = [change.after for change in counted], second
+    while len(met) < _FEW:
+        if any(are_equal(now, values) for values in met):
+            return True
+        met.append(now)
+        now = [changes[c.key].after if c.key in changes else value for c, value in zip(counted, now, strict=True)]
+        _put(counted, now)
+        try:
+            changes = _observed(capture)[1]
+        except FomohError:
+            return False
+    return False
 
 
 def _assign(program: Program, first: Changes, second: Changes, seen: Sequence[Changes], root: Root) -> None:
-    """Let every call of the program change what the model changes; one that counts up leaves the graph as it is."""
+    """Let every call of the program change what the model changes; one that counts up leaves the graph as it is.
+
+    Args:
+        program: the first call's.
+        first, second: what these calls change.
+        seen: what calls with other numbers change, if none of them matters.
+        root: whose modules it is about.
+    """
     modules = {id(vars(module)): module for module in root.modules() if module is not root}
     counts, settled = [], []
     for (holder, name), change in first.items():
