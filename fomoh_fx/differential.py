@@ -6,8 +6,8 @@ all in one pass: n of them for n numbers, so these are for arguments of moderate
 f. ``chunk_size`` bounds how many directions are propagated at a time where the result does not need all pairs.
 
 The results are values: no autograd graph leads from them to the arguments or to a parameter of f, so ``backward`` does
-not see them, and they are no functions for ``torch.func`` to transform. Inside a loss, use ``torch.func``'s own; the
-whole loss may then be transformed by :func:`fomoh_fx.transform`.
+not see them, and ``torch.func.grad`` and the like refuse them (``vmap`` does not). Inside a model or a loss that is
+transformed itself they are a part of it, and so is one operator inside another (``laplacian(laplacian(f))``).
 """
 
 from __future__ import annotations

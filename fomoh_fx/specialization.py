@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ from fomoh_fx.capture import Program
 from fomoh_fx.capture.assignment import COMPUTED_FROM
 from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.layouts import has_its_layouts
+from fomoh_fx.capture.nested import is_a_part
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.program import Arguments
 from fomoh_fx.capture.reading import Reader, Reading, kind_of, unusual_strides_of
@@ -161,11 +163,15 @@ class Specialization:
     def __call__(
         self, tensors: Sequence[Tensor], tangents: Sequence[Tensor], given: Arguments | None = None
     ) -> HyperDual:
-        """Evaluate; buffers and arguments that the model changes are updated from the primal, once."""
+        """Evaluate; buffers and arguments that the model changes are updated from the primal, once.
+
+        Inside a model that is captured itself this is a part of it, whose derivatives go on.
+        """
         inputs = [what.value(tensors) for what in self.program.inputs]
         refuse_overlaps(self.program, inputs)
-        with torch.no_grad(), without_autocast():
-            flat = self.run(*inputs, *tangents)
+        run, gradients = (self.compiled.final, nullcontext()) if is_a_part() else (self.run, torch.no_grad())
+        with gradients, without_autocast():
+            flat = run(*inputs, *tangents)
             return self.result(flat, tensors, given)
 
     def result(self, flat: Sequence[Any], tensors: Sequence[Tensor], given: Arguments | None = None) -> HyperDual:

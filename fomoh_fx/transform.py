@@ -17,12 +17,13 @@ from fomoh_fx import inspect as inspection
 from fomoh_fx import lower
 from fomoh_fx.cache import MOST, Cache
 from fomoh_fx.capture import Call, Program, capture
+from fomoh_fx.capture.nested import examples, is_a_part, outside_of_capture, refuse_differentiated
 from fomoh_fx.capture.reading import kind_of
 from fomoh_fx.capture.records import opened
 from fomoh_fx.capture.threads import CAPTURING, is_compiling
 from fomoh_fx.capture.tracing import quiet
 from fomoh_fx.dynamic_shapes import dynamic_dims, must_vary
-from fomoh_fx.errors import ArgumentError, SpecialisationError, UnsupportedOpError
+from fomoh_fx.errors import ArgumentError, CaptureError, SpecialisationError, UnsupportedOpError
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.low_rank import factors
 from fomoh_fx.passes import pipeline
@@ -153,6 +154,8 @@ class HyperDualModule(nn.Module):
                 outside ``wrt``; the message begins with ``tangents``.
             CaptureError, UnsupportedOpError: the model cannot be captured, or has an operator without exact rule.
         """
+        if is_a_part():
+            return self._forward_as_a_part(args, kwargs, tangents, targets)
         if is_compiling():
             return self._forward_under_dynamo(args, kwargs, tangents, targets)
         return self.prepare(*args, tangents=tangents, targets=targets, **kwargs)()
@@ -165,6 +168,20 @@ class HyperDualModule(nn.Module):
         found = self._specialize(call, seeds)
         given = call.holder if found.program.changes_containers else None
         return Evaluation(found, call.tensors, factors(seeds.stacks), given)
+
+    def _forward_as_a_part(self, args: Any, kwargs: Any, tangents: Any, targets: Any) -> HyperDual:
+        """What a model that calls this while it is captured gets, or ``torch.func.vmap``: operations of its own."""
+        refuse_differentiated((args, kwargs, tangents, targets))
+        given = examples((args, kwargs, tangents, targets))
+        with outside_of_capture():
+            found = self._specialize(*self._bind(*given))
+        if any(what.kind == "argument" for what, _ in found.program.constants):
+            raise CaptureError(
+                "model: calls a transformed function in which the values of an argument decide a branch or a shape, "
+                "while it is captured itself, when they are not known"
+            )
+        call, seeds = self._bind(args, kwargs, tangents, targets)
+        return Evaluation(found, call.tensors, factors(seeds.stacks), call.holder)()
 
     def _forward_under_dynamo(self, args: Any, kwargs: Any, tangents: Any, targets: Any) -> HyperDual:
         """What torch.compile(hd) traces: only what Dynamo can read, choosing among the specialisations that exist."""

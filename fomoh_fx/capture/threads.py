@@ -15,6 +15,11 @@ def is_in(thread: int) -> bool:
     return torch.compiler.is_dynamo_compiling() or threading.get_ident() == thread
 
 
+def is_capturing() -> bool:
+    """Whether this runs inside a model that this thread captures."""
+    return not torch.compiler.is_dynamo_compiling() and CAPTURING._is_owned()  # type: ignore[attr-defined]
+
+
 def is_compiling() -> bool:
     """Whether this thread is under Dynamo or an export: one of another thread sets the same flag, and is waited for."""
     if torch.compiler.is_dynamo_compiling():
