@@ -21,6 +21,7 @@ from torch._dynamo import _trace_wrapped_higher_order_op as scalar_indexing
 from torch._functorch import eager_transforms
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributions.dirichlet import _Dirichlet
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
@@ -45,6 +46,8 @@ def _record_function(function: type[torch.autograd.Function], *args: Any, **kwar
     if function is torch.utils.checkpoint.CheckpointFunction:  # recomputation changes memory, not derivatives
         run, _preserve_random_state, *inputs = args
         return run(*inputs)
+    if function is _Dirichlet:  # whose operator has a rule
+        return torch._sample_dirichlet(*args)
     if of_library(function):  # the operator itself is recorded
         return apply_of_library(function, *args)
     template, tensors = Template.of(args)

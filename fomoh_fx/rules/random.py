@@ -94,6 +94,16 @@ def _standard_gamma(op: Any, components: Components, alpha: HyperDual, generator
     return HyperDual(y, alpha.tangent * aten._standard_gamma_grad.default(alpha.primal, y))
 
 
+def _sample_dirichlet(op: Any, components: Components, alpha: HyperDual, generator: Any = None) -> HyperDual:
+    """The pathwise derivative of a draw x on the simplex, (1 - x 1^T) diag(d) for PyTorch's d_i = dx_i / dalpha_i."""
+    if components.second_order is not None:
+        raise UnsupportedOpError("the second derivative of a Dirichlet sample is not known: use second_order=None")
+    x = op(alpha.primal, generator)
+    total = alpha.primal.sum(-1, True).expand_as(x)
+    moved = alpha.tangent * aten._dirichlet_grad.default(x, alpha.primal, total)
+    return HyperDual(x, moved - x * moved.sum(-1, True))
+
+
 def _with_value(op: Any, components: Components, x: Any, value: Any) -> Any:
     """The value of one argument with the derivative of the other: in-place changes under no_grad."""
     y = value.primal if isinstance(value, HyperDual) else value
@@ -111,5 +121,6 @@ def _divide_in_mode(op: Any, components: Components, x: Any, w: Any, *, rounding
 register(aten.native_dropout.default, _native_dropout, "linear")
 register(aten.rrelu_with_noise_functional.default, _rrelu, "linear")
 register(aten._standard_gamma.default, _standard_gamma, "random")
+register(aten._sample_dirichlet.default, _sample_dirichlet, "random")
 register(torch.ops.fomoh_fx.with_value.default, _with_value, "linear")
 register([aten.div.Tensor_mode, aten.div.Scalar_mode], _divide_in_mode, "elementwise")
