@@ -289,8 +289,15 @@ class ForwardOptimizer(torch.optim.Optimizer):
             raise ArgumentError(f"state_dict: its groups have the parameters {others}, and here there are {names}")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything, so that a copy can step, with a copy of the model; hooks are left behind, as PyTorch does."""
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
+        """Everything, so that a copy can step, with a copy of the model; hooks are left behind, as PyTorch does.
+
+        So are methods that were wrapped, as a scheduler wraps ``step``: those of a copy would move the original.
+        """
+
+        def is_left(name: str) -> bool:
+            return name.startswith("_optimizer_") or callable(getattr(type(self), name, None))
+
+        return {name: value for name, value in self.__dict__.items() if not is_left(name)}
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """The parameters that move, by name."""

@@ -407,6 +407,20 @@ def test_copies_go_on_alike(options, copied):
     assert other.param_groups[0]["params"][0] is next(other.hd.module.parameters())
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_one_with_a_scheduler_moves_the_copy(copied):
+    """A scheduler wraps the bound method ``step``."""
+    model = Quadratic()
+    opt = FoMoHKD(fomoh_fx.transform(model), seed=0)
+    torch.optim.lr_scheduler.StepLR(opt, 1)
+    other, twin = copied((model, opt))
+    before = parameters_of(model)
+    twin.step()
+    assert torch.equal(parameters_of(model), before) and not torch.equal(parameters_of(other), before)
+    opt.step()
+    assert torch.equal(parameters_of(model), parameters_of(other))
+
+
 @pytest.mark.parametrize("seed", [1.5, "a", 2**70, True])
 def test_seeds_that_are_none(seed):
     model = nn.Linear(3, 1)
