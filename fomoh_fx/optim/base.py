@@ -32,6 +32,9 @@ from fomoh_fx.optim.update import update
 from fomoh_fx.seeds import selected_parameters
 from fomoh_fx.transform import Curvature, HyperDualModule
 
+#: The least factor by which steps become shorter; from 0 there would be no way back.
+SHORTEST = 2.0**-40
+
 _NO_ORDER = "params: a set has no order, so directions would not be reproducible; give a list"
 
 
@@ -49,13 +52,13 @@ class Moved:
     """What a step did.
 
     Its kappa [K]; whether it was valid; the change of every parameter by name, without weight decay; the parameters
-    before, where they may be needed.
+    before, where the step may be taken back or its weight decay comes after the loss is looked at.
     """
 
     kappa: Tensor
     valid: Tensor
     changes: Stacks
-    before: list[Tensor]
+    before: Stacks
 
 
 pytree.register_dataclass(Moved)
@@ -73,7 +76,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
         params: parameters, or groups of them with options of their own, as for every optimizer of ``torch.optim``;
             None for all that ``hd.wrt`` selects. Parameters in no group are left alone, and so are frozen ones
             (``requires_grad`` False).
-        weight_decay: decoupled, theta <- (1 - lr weight_decay) theta.
+        weight_decay: decoupled, theta <- (1 - lr weight_decay) theta. It is no part of what a step is judged by:
+            where the loss after a step is computed, that is before the decay, which the slopes and curvatures of the
+            step do not predict. A step that is taken back has no decay either.
         largest_rise: a step after which the batch's loss is not finite, or has risen by more than this part of itself,
             is taken back and counted in :attr:`refused`, and the next one is a quarter as long; every step that stays
             doubles that factor, up to 1. This takes one more evaluation of the value (with the same dropout masks
@@ -128,7 +133,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """Adapt to what the step did; called after every step. Here: a shorter step after one that was taken back."""
         if record.refused is not None:
             length = self._length.to(record.refused.device)
-            self._length = torch.where(record.refused, length / 4, (2 * length).clamp(max=1))
+            self._length = torch.where(record.refused, length / 4, 2 * length).clamp(SHORTEST, 1)
 
     def damping(self) -> Tensor | None:
         """The damping of the step that was just solved for, where there is one."""
@@ -160,13 +165,15 @@ class ForwardOptimizer(torch.optim.Optimizer):
         decays = {
             i: rates[i] * group["weight_decay"] for i, (group, _, _) in enumerate(members) if group["weight_decay"]
         }
+        keeps = self.largest_rise is not None or (looks_again and bool(decays))
         memories = [part for part in self.parts() if hasattr(part, "remembers")]
         kappa = None if is_own(*self.parts()) else self._coefficients(value)
-        moved = self._move(memories if kappa is None else [], value, kappa, parameters, directions, rates, decays)
+        remembered = memories if kappa is None else []
+        moved = self._move(remembered, value, kappa, parameters, directions, rates, decays, keeps)
         state.restore(unless=moved.valid)
         actual = None if replay is None else replay.loss().double() - reference.double()
         finish = self._finish if kappa is None else self._finish.eager
-        record = finish(memories, value, moved, _one_rate(rates), actual, parameters, directions)
+        record = finish(memories, value, moved, _one_rate(rates), actual, parameters, directions, decays)
         self._skipped.count(~moved.valid)
         if self.diagnostics:
             self.last_step = record
@@ -181,7 +188,10 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
     def _coefficients(self, value: HyperDual) -> Tensor:
         """kappa, as short as it has to be after steps that were taken back."""
-        return self.coefficients(value) * self._length  # of no dimensions, so it may lie on the CPU: nothing waits
+        kappa = self.coefficients(value)
+        if self.largest_rise is None:
+            return kappa
+        return kappa * self._length  # of no dimensions, so it may lie on the CPU: nothing waits
 
     def _moved(
         self,
@@ -191,13 +201,17 @@ class ForwardOptimizer(torch.optim.Optimizer):
         directions: Proposed,
         rates: Sequence[Tensor],
         decays: Mapping[int, Tensor],
+        keeps: bool,
     ) -> Moved:
-        """Solve for kappa, unless it is given, and step if that leads to finite parameters and all is finite."""
+        """Solve for kappa, unless it is given, and step if that leads to finite parameters and all is finite.
+
+        Where it ``keeps`` the parameters of before, the weight decay is left to :meth:`_finished`.
+        """
         kappa = self._coefficients(value) if kappa is None else kappa
-        before = [p.clone() for p in parameters.values()] if self.largest_rise is not None else []
+        before = {name: p.clone() for name, p in parameters.items()} if keeps else {}
         needed = [value.primal, value.tangent, kappa, *([] if value.cross is None else [value.cross])]
         stacks = [directions[name] for name in parameters]
-        valid, *changes = update(list(parameters.values()), stacks, kappa, rates, decays, needed)
+        valid, *changes = update(list(parameters.values()), stacks, kappa, rates, decays, needed, not keeps)
         return Moved(kappa, valid, dict(zip(parameters, changes, strict=True)), before)
 
     def _finished(
@@ -208,19 +222,22 @@ class ForwardOptimizer(torch.optim.Optimizer):
         actual: Tensor | None,
         parameters: dict[str, Tensor],
         directions: Proposed,
+        decays: Mapping[int, Tensor],
     ) -> StepRecord | None:
-        """Take the step back where the loss rose too far, and learn from it."""
+        """Take the step back where the loss rose too far, let the weights decay elsewhere, and learn from it."""
         record = self._record(value, moved, rate, actual)
-        changes = moved.changes
+        changes, stays = moved.changes, moved.valid
         if self.largest_rise is not None:
             assert actual is not None
-            stays = actual <= self.largest_rise * record.loss.abs()  # False for NaN
-            refused = ~stays & moved.valid
+            refused = ~(actual <= self.largest_rise * record.loss.abs()) & moved.valid  # True for NaN
+            stays = moved.valid & ~refused
             record = replace(record, refused=refused)
-            self._refused = self._refused.to(stays.device) + refused
-            for p, old in zip(parameters.values(), moved.before, strict=True):
-                p.copy_(torch.where(stays.to(p.device), p, old))
+            self._refused = self._refused.to(refused.device) + refused
             changes = {name: torch.where(stays.to(v.device), v, 0) for name, v in changes.items()}
+        for i, (name, old) in enumerate(moved.before.items()):
+            p, change = parameters[name], moved.changes[name]
+            there = old * (1 - decays[i]) + change if i in decays else p
+            p.copy_(torch.where(stays.to(p.device), there, old))
         self.learn(record)
         self.directions.observe(directions, changes)
         return record if self.diagnostics else None

@@ -14,10 +14,11 @@ class StepRecord:
     """One step theta + sum_i part_i v_i, as tensors where the loss is; reading a number of them waits for the device.
 
     ``loss`` is the one before the step, ``actual`` what the step changed of it on the same batch with the same random
-    numbers (before it was taken back where it was), None where nothing asked for it. ``slopes`` [K] are v_i . grad f;
-    ``curvature`` is [K, K] for a plane, [K] for a diagonal, None at first order; ``part`` [K] is what was taken of each
-    direction, NaN where groups have different rates: nothing is predicted then. ``damping`` is the solver's, None where
-    it has none. ``skipped``: something was not finite. ``refused``: the step was taken back.
+    numbers (before it was taken back where it was, and without weight decay, which is no part of the step), None where
+    nothing asked for it. ``slopes`` [K] are v_i . grad f; ``curvature`` is [K, K] for a plane, [K] for a diagonal, None
+    at first order; ``part`` [K] is what was taken of each direction, NaN where groups have different rates: nothing is
+    predicted then. ``damping`` is the solver's, None where it has none. ``skipped``: something was not finite.
+    ``refused``: the step was taken back.
     """
 
     loss: Tensor
@@ -51,7 +52,7 @@ class StepRecord:
 
     @property
     def after(self) -> Tensor | None:
-        """The loss after the step."""
+        """The loss after the step, before the weights decayed."""
         return None if self.actual is None else self.loss + self.actual
 
 

@@ -17,6 +17,7 @@ def update(
     rates: Sequence[Tensor],
     decays: Mapping[int, Tensor],
     needed: Sequence[Tensor],
+    decay_now: bool = True,
 ) -> list[Tensor]:
     """Move the parameters in place if they and all that is needed are finite.
 
@@ -27,18 +28,20 @@ def update(
         rates: lr for each parameter, 0-dim.
         decays: lr decay, 0-dim, by the number of each parameter that decays.
         needed: what else has to be finite.
+        decay_now: False leaves the decay to the caller, who looks at the loss before it.
 
     Returns:
         Whether they have moved, a 0-dim bool, and the change of every parameter without its decay.
     """
-    moved, proposed = [], []
+    moved, proposed, there = [], [], []
     for i, (p, v, rate) in enumerate(zip(parameters, directions, rates, strict=True)):
         change = (_combined(kappa, v) * rate).to(p.dtype)
         moved.append(change)
         proposed.append((p * (1 - decays[i]) if i in decays else p) + change)
+        there.append(proposed[i] if decay_now or i not in decays else p + change)
     valid = all_finite([*needed, *proposed])
-    for p, there in zip(parameters, proposed, strict=True):
-        p.copy_(torch.where(valid.to(p.device), there, p))
+    for p, new in zip(parameters, there, strict=True):
+        p.copy_(torch.where(valid.to(p.device), new, p))
     return [valid, *(torch.where(valid.to(change.device), change, 0) for change in moved)]
 
 

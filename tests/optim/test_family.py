@@ -9,7 +9,7 @@ from torch import nn
 
 import fomoh_fx
 from fomoh_fx.errors import ArgumentError
-from fomoh_fx.optim import FGD, FoMoH, FoMoHBP, FoMoHKD, Newton
+from fomoh_fx.optim import FGD, FoMoH, FoMoHBP, FoMoHKD, Newton, StepRecord
 from tests.optim.problems import Quadratic, Rosenbrock, classifier, flat, next_directions, parameters_of
 
 EVERY = (FGD, FoMoH, FoMoHBP, FoMoHKD, Newton)
@@ -136,6 +136,25 @@ def test_a_refused_step_makes_the_next_one_shorter():
     torch.testing.assert_close(parameters_of(model), minimum)
     assert float(opt.state_dict()["length"]) == pytest.approx(1 / 8)
     assert not torch.equal(before, minimum)
+
+
+def test_steps_are_as_long_as_ever_once_they_are_not_looked_at_again():
+    model = Quadratic()
+    opt = Newton(fomoh_fx.transform(model), lr=16.0)
+    opt.step()
+    assert opt.refused == 1
+    opt.largest_rise, opt.param_groups[0]["lr"] = None, 1.0
+    opt.step()
+    torch.testing.assert_close(parameters_of(model), torch.linalg.solve(model.a, model.b))
+
+
+def test_steps_get_longer_again_after_any_number_that_were_refused():
+    opt = Newton(fomoh_fx.transform(Quadratic()), lr=16.0)
+    for _ in range(600):
+        opt.learn(StepRecord(*[torch.zeros(())] * 6, refused=torch.tensor(True)))
+    for _ in range(50):
+        opt.learn(StepRecord(*[torch.zeros(())] * 6, refused=torch.tensor(False)))
+    assert opt._length == 1
 
 
 # All of them.

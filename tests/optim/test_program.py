@@ -147,6 +147,15 @@ def test_another_solver_is_asked():
     assert not optimizer.last_step.part.any()
 
 
+def test_a_setting_is_seen_where_a_solver_of_ones_own_runs():
+    optimizer, _ = trained(
+        lambda hd: FoMoHKD(hd, solver=lambda g, h: -g, lr=0.01, largest_rise=None), graph_by_graph([]), 1
+    )
+    optimizer.largest_rise = 0.1
+    optimizer.step(X.double(), targets=(Y,))
+    assert optimizer.refused == 0
+
+
 def plain(value):
     return isinstance(value, (bool, int, float, str, tuple))
 
