@@ -27,7 +27,11 @@ class AdaptiveSolver(ABC):
 
     @abstractmethod
     def observe(self, actual: Tensor, predicted: Tensor) -> None:
-        """The changes of the loss, negative where it fell; one that is not finite counts as a failure."""
+        """The changes of the loss, negative where it fell; one that is not finite counts as a failure.
+
+        What this does to ``caution`` is undone after a step that tells nothing: one of length zero, one of a batch
+        whose loss or derivatives are not finite, or one that predicted less than the rounding of the loss.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """The number that adapts."""

@@ -253,6 +253,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
             part=(rate * moved.kappa).to(torch.float64),
             damping=self.damping(),
             skipped=~moved.valid,
+            rounding=torch.finfo(value.primal.dtype).eps * value.primal.abs().double(),
             actual=actual,
         )
 

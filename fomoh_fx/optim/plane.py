@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -20,8 +21,10 @@ from fomoh_fx.transform import Curvature, HyperDualModule
 class PlaneSearch(ForwardOptimizer):
     """theta <- theta + lr sum_i kappa_i v_i with kappa from a plane solver, by g and H_ij = v_i^T H v_j.
 
-    A solver that adapts learns from every step that is looked at again, in place of the factor by which other solvers'
-    steps become shorter. See :class:`ForwardOptimizer` for the other arguments.
+    A solver that adapts learns from every step that is looked at again and tells whether the prediction was good
+    (:attr:`~fomoh_fx.optim.StepRecord.tells`), in place of the factor by which other solvers' steps become shorter.
+    Where groups have different rates nothing is predicted: its damping or radius then stays as it is, and the factor
+    makes steps shorter. See :class:`ForwardOptimizer` for the other arguments.
 
     Args:
         lr: which part of the step to take; None for 1 with a solver that adapts, 0.1 with others.
@@ -58,12 +61,15 @@ class PlaneSearch(ForwardOptimizer):
     def learn(self, record: StepRecord) -> None:
         if not isinstance(self.solver, AdaptiveSolver):
             super().learn(record)
-        elif record.actual is not None:
+            return
+        if record.refused is not None:
+            leaves_the_plane = record.part.isnan().any()  # groups have rates of their own
+            super().learn(replace(record, refused=record.refused & leaves_the_plane))
+        if record.actual is not None:
             before = getattr(self.solver, self.solver.caution)
             self.solver.observe(record.actual, record.predicted)
             adapted = getattr(self.solver, self.solver.caution)
-            predicts = ~record.part.isnan().any()  # groups with rates of their own leave the plane
-            setattr(self.solver, self.solver.caution, torch.where(predicts, adapted, before.to(adapted)))
+            setattr(self.solver, self.solver.caution, torch.where(record.tells, adapted, before.to(adapted)))
 
     def _kind(self) -> str:
         adapts = f" and the solver {type(self.solver).__name__}" if isinstance(self.solver, AdaptiveSolver) else ""

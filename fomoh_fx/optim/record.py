@@ -18,7 +18,7 @@ class StepRecord:
     nothing asked for it. ``slopes`` [K] are v_i . grad f; ``curvature`` is [K, K] for a plane, [K] for a diagonal, None
     at first order; ``part`` [K] is what was taken of each direction, NaN where groups have different rates: nothing is
     predicted then. ``damping`` is the solver's, None where it has none. ``skipped``: something was not finite.
-    ``refused``: the step was taken back.
+    ``rounding`` is the last digit of the loss in its dtype. ``refused``: the step was taken back.
     """
 
     loss: Tensor
@@ -27,6 +27,7 @@ class StepRecord:
     part: Tensor
     damping: Tensor | None
     skipped: Tensor
+    rounding: Tensor
     actual: Tensor | None = None
     refused: Tensor | None = None
 
@@ -49,6 +50,18 @@ class StepRecord:
     def predicted(self) -> Tensor:
         """The change of the loss that the slopes and curvatures predict: g . part + part^T H part / 2."""
         return self.part @ self.slopes + self.bend / 2
+
+    @property
+    def tells(self) -> Tensor:
+        """Whether actual and predicted change tell how good the prediction was.
+
+        Not where nothing was predicted, or no more than rounding leaves unknown: of four digits that may be a quarter.
+        A rise that no rounding explains tells that the prediction was bad all the same.
+        """
+        assert self.actual is not None
+        rises = ~(self.actual <= (self.rounding * self.loss.abs()).sqrt())  # True for NaN
+        known = (self.predicted.abs() > 4 * self.rounding) | (rises & ~self.predicted.isnan())
+        return known & self.loss.isfinite()
 
     @property
     def after(self) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import fomoh_fx
 from fomoh_fx.optim import FoMoHKD, LevenbergMarquardt, Newton, TrustRegion
@@ -91,6 +92,78 @@ def test_every_optimizer_has_a_solver_of_its_own():
     first, second = Newton(hd, solver="trust_region"), Newton(hd, solver="trust_region")
     first.step()
     assert float(first.solver.radius) != float(second.solver.radius)
+
+
+def no_length(step, opt, x, y, model):
+    opt.param_groups[0]["lr"] = 0.0
+    step(x, y)
+    opt.param_groups[0]["lr"] = 1.0
+
+
+def not_finite(step, opt, x, y, model):
+    step(x * torch.nan, y)
+
+
+def no_slope(step, opt, x, y, model):
+    step(x, model(x).detach())
+
+
+@pytest.mark.filterwarnings("ignore:a step was skipped")
+@pytest.mark.parametrize("solver", ["levenberg_marquardt", "trust_region"])
+@pytest.mark.parametrize("nothing", [no_length, not_finite, no_slope])
+def test_steps_that_tell_nothing_are_no_failures(solver, nothing):
+    model, opt, x, y, step = regression(solver)
+    before = float(getattr(opt.solver, opt.solver.caution))
+    for _ in range(12):
+        nothing(step, opt, x, y, model)
+    assert float(getattr(opt.solver, opt.solver.caution)) == before
+
+
+@pytest.mark.parametrize("solver", ["levenberg_marquardt", "trust_region"])
+def test_a_minimum_is_left_where_the_loss_becomes_another_one(solver):
+    """At a minimum the changes of the loss are below its rounding."""
+    _, opt, x, y, step = regression(solver)
+    for _ in range(60):
+        step(x, -y)
+    losses = [float(step(x, y)) for _ in range(60)]
+    assert losses[-1] < 0.012 < 1 < losses[0]
+
+
+def test_a_step_that_would_overflow_is_a_failure():
+    model, opt, x, y, step = regression("levenberg_marquardt")
+    opt.param_groups[0]["lr"] = 1e38
+    before = float(opt.solver.damping)
+    with pytest.warns(UserWarning, match="skipped"):
+        step(1e-3 * x, 1e6 * y)
+    assert opt.skipped == 1 and opt.solver.damping > before
+
+
+def regression(solver):
+    """A linear model in float32 that its steps know in every direction: the model, opt, x, y, and opt.step."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    y = x @ torch.randn(6, 1) + 0.1 * torch.randn(64, 1)
+    model = nn.Linear(6, 1)
+    hd = fomoh_fx.transform(model, nn.functional.mse_loss)
+    opt = FoMoHKD(hd, solver=solver, directions=7, seed=0)
+    return model, opt, x, y, lambda x, y: opt.step(x, targets=(y,))
+
+
+def test_groups_with_rates_of_their_own_get_shorter_steps():
+    """Nothing is predicted there, so the radius stays as it is."""
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 6), torch.randn(32, 1)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.5}]
+    hd = fomoh_fx.transform(model, lambda o, t: (o - t).pow(4).mean().mul(50).sin() + (o - t).square().mean())
+    opt = FoMoHKD(hd, solver=TrustRegion(radius=100.0), params=groups, seed=0)
+    losses = [float(opt.step(x, targets=(y,))) for _ in range(40)]
+    assert 0 < opt.refused < 20 and losses[-1] < losses[0] - 1
+    assert float(opt.solver.radius) == 100
+    length = float(opt.state_dict()["length"])
+    opt.param_groups[1]["lr"] = 1.0
+    opt.step(x, targets=(y,))
+    assert float(opt.state_dict()["length"]) == min(1, 2 * length)  # from here on the radius adapts
 
 
 @pytest.mark.parametrize("solver", ["levenberg_marquardt", "trust_region"])

@@ -151,9 +151,9 @@ def test_steps_are_as_long_as_ever_once_they_are_not_looked_at_again():
 def test_steps_get_longer_again_after_any_number_that_were_refused():
     opt = Newton(fomoh_fx.transform(Quadratic()), lr=16.0)
     for _ in range(600):
-        opt.learn(StepRecord(*[torch.zeros(())] * 6, refused=torch.tensor(True)))
+        opt.learn(StepRecord(*[torch.zeros(())] * 7, refused=torch.tensor(True)))
     for _ in range(50):
-        opt.learn(StepRecord(*[torch.zeros(())] * 6, refused=torch.tensor(False)))
+        opt.learn(StepRecord(*[torch.zeros(())] * 7, refused=torch.tensor(False)))
     assert opt._length == 1
 
 
