@@ -149,7 +149,7 @@ class ActivityGradient:
         for p in found.plan.fed:
             assert p.feedback is not None
             zero = like[p.point.node].new_zeros(p.feedback.inner, p.feedback.outer)
-            matrices.append(feedback.get(p.point.node.name, zero))
+            matrices.append(feedback.get(p.point.node.name, zero).to(zero))
         with torch.no_grad(), without_autocast():
             loss, *rest = found.run(*inputs, *drawn, *matrices)
         gradients = dict(zip(found.names, rest, strict=False))

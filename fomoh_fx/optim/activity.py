@@ -78,16 +78,17 @@ class ActivityDirections(RandomDirections):
         return self._follow([self], parameters, guess)
 
     def _begin(self, parameters: Mapping[str, Tensor], guess: Guess) -> None:
-        """Zeros where nothing is remembered yet."""
+        """Zeros where nothing is remembered yet; the rest follows parameters that got another dtype."""
         self.guesses = self.guesses.to(guess.loss.device, non_blocking=True)
         for name, p in parameters.items():
             for remembered in (self.averages, self.squares, self._previous):
-                remembered.setdefault(name, torch.zeros_like(p))
+                remembered[name] = _like(p, remembered.get(name))
         for name, far in guess.far.items():
-            self.far.setdefault(name, torch.zeros_like(far))
-            self.agreement.setdefault(name, far.new_zeros(2, dtype=torch.promote_types(far.dtype, torch.float32)))
+            wide = far.new_empty(2, dtype=torch.promote_types(far.dtype, torch.float32))
+            self.far[name] = _like(far, self.far.get(name))
+            self.agreement[name] = _like(wide, self.agreement.get(name))
         for name, fit in guess.fits.items():
-            self.feedback.setdefault(name, torch.zeros_like(fit.cross))
+            self.feedback[name] = _like(fit.cross, self.feedback.get(name))
 
     def _followed(self, parameters: Mapping[str, Tensor], guess: Guess) -> Stacks:
         """The directions, after one more guess."""
@@ -163,6 +164,11 @@ class ActivityDirections(RandomDirections):
         """The direction in Adam's metric."""
         start = 1 - self.betas[1] ** self.guesses
         return {name: v / ((self.squares[name] / start.to(v)).sqrt() + self.eps) for name, v in direction.items()}
+
+
+def _like(x: Tensor, remembered: Tensor | None) -> Tensor:
+    """What is remembered, in the dtype and place of ``x``; zeros where nothing is."""
+    return torch.zeros_like(x) if remembered is None else remembered.to(x)
 
 
 def _corrected(matrix: Tensor, fit: Fit) -> Tensor:

@@ -328,3 +328,16 @@ def test_bfloat16():
     x = torch.randn(32, 4, dtype=dtype)
     losses = [opt.step(x, targets=(x[:, :2].sin(),)).item() for _ in range(10)]
     assert losses[-1] < losses[0]
+
+
+def test_another_dtype_after_some_steps():
+    """What is remembered follows the parameters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 3))
+    x, y = torch.randn(16, 6), torch.randint(0, 3, (16,))
+    opt = FoMoHKD(fomoh_fx.transform(model, nn.functional.cross_entropy), sampler="activity", seed=0)
+    losses = [opt.step(x, targets=(y,)) for _ in range(3)]
+    model.double()
+    losses += [opt.step(x.double(), targets=(y,)) for _ in range(3)]
+    assert losses[-1].dtype == torch.float64 and losses[-1] < losses[0]
+    assert {v.dtype for v in opt.directions.averages.values()} == {torch.float64}
