@@ -58,7 +58,8 @@ class ActivityDirections(RandomDirections):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
     ) -> None:
-        super().__init__(count, "rademacher", seed, previous_step=True)
+        super().__init__(count, "rademacher", seed)
+        self.previous_step = True
         if count > MOST:
             raise ArgumentError(f'directions: sampler="activity" has at most {MOST}, got {count}')
         self.gradient, self.betas, self.eps = gradient, betas, eps

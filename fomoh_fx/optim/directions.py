@@ -63,7 +63,8 @@ class RandomDirections(Directions):
         count: K; None for as many as there are real parameters.
         sampler: a name in :data:`~fomoh_fx.optim.samplers.SAMPLERS`, or a function like those.
         seed: of the directions' own :class:`~fomoh_fx.optim.streams.Streams`.
-        previous_step: whether the step before is one of the K directions (at the first step all of them are random).
+        previous_step: whether the step before is one of the K directions, of which there are then 2 or more (at the
+            first step all of them are random).
     """
 
     remembers: ClassVar[Sequence[str]] = ("_previous",)
@@ -76,6 +77,11 @@ class RandomDirections(Directions):
             raise ArgumentError(f"directions: expected a number of at least 1, got {count!r}")
         if not callable(sampler) and sampler not in SAMPLERS:
             raise ArgumentError(f"sampler: expected one of {tuple(SAMPLERS)} or a function, got {sampler!r}")
+        if previous_step and count == 1:
+            raise ArgumentError(
+                "directions: with previous_step=True the last one is the step before, which alone would never change; "
+                "give 2 or more, or previous_step=False"
+            )
         self.count = count
         self.sampler: Sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
         self.streams = Streams(seed)

@@ -41,7 +41,8 @@ class FoMoHKD(PlaneSearch):
         sampler: ``"activity"``, a name in :data:`~fomoh_fx.optim.samplers.SAMPLERS`, or a function like those.
         solver: a name in :data:`~fomoh_fx.optim.solvers.SOLVERS`, or a function of (g, H) like those. None is
             ``"jitter"`` (the paper's), or ``"levenberg_marquardt"`` with ``sampler="activity"``.
-        previous_step: whether one of the K directions is the step before, which lets good directions live on.
+        previous_step: whether one of the K directions is the step before, which lets good directions live on. It takes
+            two directions or more.
         seed: of the directions; None takes one from torch's default generator.
         perturbations: with ``sampler="activity"``, how many perturbations of each sample are averaged.
     """

@@ -46,8 +46,9 @@ def orthogonal(parameters: Mapping[str, Tensor], count: int, streams: Streams) -
     drawn = normal(parameters, count, streams)
     rows = [_rows(v) for v in drawn.values()]
     flat = torch.cat([row.to(rows[0].device) for row in rows], 1)
-    flat = torch.linalg.qr(flat.to(torch.promote_types(flat.dtype, torch.float32)).mT).Q.mT * math.sqrt(dimension)
-    parts = flat.split([row.shape[1] for row in rows], 1)
+    q, r = torch.linalg.qr(flat.to(torch.promote_types(flat.dtype, torch.float32)).mT)
+    signs = torch.where(r.diagonal() < 0, -1, 1)  # those that LAPACK chooses are not uniform (Mezzadri 2007)
+    parts = ((q * signs).mT * math.sqrt(dimension)).split([row.shape[1] for row in rows], 1)
     return {name: _like(part, v) for part, (name, v) in zip(parts, drawn.items(), strict=True)}
 
 

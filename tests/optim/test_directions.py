@@ -54,6 +54,18 @@ def test_what_the_samplers_promise():
         low_rank(PARAMETERS, 1, Streams(0), rank=0)
 
 
+@pytest.mark.parametrize("sampler", ["sphere", "orthogonal"])
+def test_every_direction_is_as_likely_as_its_opposite(sampler):
+    """The first axes too, whose signs a QR decomposition would fix."""
+    source = RandomDirections(4, sampler, seed=0)
+    v = torch.stack([flat(source.propose({"a": torch.zeros(4)}, NOTHING)) for _ in range(2000)])
+    assert v.mean(0).abs().max() < 4.5 * 2000**-0.5
+    single = {
+        flat(RandomDirections(1, sampler, i).propose({"a": torch.zeros(1)}, NOTHING)).sign().item() for i in range(20)
+    }
+    assert single == {-1.0, 1.0}
+
+
 def test_all_signs_are_as_likely_and_independent():
     """Every bit of the words that they are made of, and neighbours in a word and in the next."""
     v = RandomDirections(1, "rademacher", seed=0).propose({"a": torch.zeros(32, 20_000)}, NOTHING)["a"].reshape(-1, 32)
@@ -121,6 +133,11 @@ def test_a_function_is_a_sampler():
         2, lambda parameters, count, _: {n: p.expand(count, *p.shape) for n, p in parameters.items()}
     )
     assert flat(source.propose(PARAMETERS, NOTHING)).shape == (2, SIZE)
+
+
+def test_the_step_before_is_not_the_only_direction():
+    with pytest.raises(ArgumentError, match="^directions: .* previous_step=True .* 2 or more"):
+        RandomDirections(1, "normal", previous_step=True)
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.5, True])
