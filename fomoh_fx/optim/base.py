@@ -139,6 +139,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """The damping of the step that was just solved for, where there is one."""
         return None
 
+    @torch.inference_mode(False)  # what steps remember must serve outside of it too
     @torch.no_grad()
     def step(self, *args: Any, targets: Sequence[Any] | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """One step.
@@ -151,7 +152,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
             The loss before the step, 0-dim. Where it, a derivative, or what the step would lead to is not finite, the
             parameters and the model's state stay as they are and the step is counted in :attr:`skipped`.
         """
-        batch = self._batch(args, kwargs, targets)
+        batch = self._batch(*_normal((args, kwargs, targets)))
         directions = self.directions.propose(self._trained(), batch)
         evaluate = self.hd.prepare(*batch.args, tangents=directions, **batch.keywords)
         state = State(self.hd, evaluate)
@@ -393,6 +394,13 @@ def scalar_of(value: HyperDual) -> Tensor:
         what = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ArgumentError(f"hd: the model returns {what}, which is no scalar loss; give transform a loss=")
     return loss
+
+
+def _normal(given: Any) -> Any:
+    """With copies of tensors that were made in inference mode, which nothing outside of it may save."""
+    if not any(isinstance(x, Tensor) and x.is_inference() for x in pytree.tree_leaves(given)):
+        return given
+    return pytree.tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, given)
 
 
 def _number(rate: float | Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 import fomoh_fx
 from fomoh_fx import lower
 from fomoh_fx.errors import ArgumentError
-from fomoh_fx.optim import FGD, FoMoH, FoMoHKD
+from fomoh_fx.optim import FGD, FoMoH, FoMoHBP, FoMoHKD
 from fomoh_fx.specialization import Specialization
 from tests.optim.problems import ALL, Quadratic, classifier, flat, next_directions, parameters_of
 
@@ -237,6 +237,28 @@ def test_the_parameters_keep_their_dtype():
             last = opt.step(x, targets=targets)
         assert last < first
         assert all(p.dtype == dtype for p in hd.parameters())
+
+
+@pytest.mark.parametrize("optimizer", [*ALL, FoMoHBP])
+def test_steps_in_inference_mode_and_out_of_it(optimizer):
+    seed = {} if optimizer is FoMoHBP else {"seed": 0}
+    ends = []
+    for modes in ((False, False, False), (True, False, True)):
+        hd, x, targets = classifier()
+        opt = optimizer(hd, **seed)
+        for mode in modes:
+            with torch.inference_mode(mode):
+                opt.step(x * 1, targets=targets)
+        ends.append(parameters_of(hd.model))
+    assert torch.equal(*ends)
+
+
+def test_a_skipped_step_is_reported_where_it_was_taken():
+    opt = FGD(fomoh_fx.transform(Quadratic()), lr=1e308)
+    with pytest.warns(UserWarning, match="skipped") as caught:
+        for _ in range(3):
+            opt.step()
+    assert caught[0].filename == __file__
 
 
 def test_a_tensor_as_rate():
