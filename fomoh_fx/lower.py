@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fomoh_fx.passes.outline import outline
 from fomoh_fx.passes.pipeline import copy_of
@@ -40,6 +40,17 @@ def inductor(module: fx.GraphModule, dynamic: bool, **options: Any) -> Callable[
         return whole(*inputs) if torch.compiler.is_compiling() or _share_memory(inputs) else by_regions(*inputs)
 
     return run
+
+
+def asked_for(compiled: nn.Module) -> Lowering | None:
+    """The lowering of what ``torch.compile`` returned, with the caller's backend, mode and options; None if unknown."""
+    backend = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    while hasattr(backend, "_torchdynamo_orig_backend"):  # Dynamo's own wrappers
+        backend = backend._torchdynamo_orig_backend
+    options = getattr(backend, "config", None)
+    if getattr(backend, "compiler_name", None) == "inductor" and isinstance(options, dict):
+        return partial(inductor, options=options) if options else inductor
+    return partial(inductor, backend=backend) if hasattr(backend, "compiler_fn") else None
 
 
 def uses_inductor(lowering: Lowering) -> bool:

@@ -378,8 +378,13 @@ def fitted(hd: Any, second_order: SecondOrder, curvature: Curvature | None = Non
     curvature = curvature or module.curvature
     if module is hd and module.first_order and (module.second_order, module.curvature) == (second_order, curvature):
         return module
+    lowering = module.lowering if module is hd else lower.asked_for(hd)
+    if lowering is None:
+        raise ArgumentError(
+            "hd: cannot see by what torch.compile was to lower it; give fomoh_fx.compile(hd, backend=..)"
+        )
     made = HyperDualModule(module.model, module.loss, wrt=module.wrt, second_order=second_order, curvature=curvature)
-    made.lowering = module.lowering if module is hd else lower.inductor
+    made.lowering = lowering
     return made
 
 

@@ -344,6 +344,31 @@ def test_compiled_equals_eager(compiled):
     torch.testing.assert_close(parameters_of(hd.model), parameters_of(other.model))
 
 
+def test_the_backend_of_torch_compile_is_the_one_that_is_used():
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    hd, x, targets = classifier()
+    opt = FoMoHKD(torch.compile(hd, backend=backend), seed=0)
+    opt.step(x, targets=targets)
+    assert graphs and not lower.uses_inductor(opt.hd.lowering)
+    for options, expected in (({}, None), ({"mode": "max-autotune-no-cudagraphs"}, True)):
+        lowering = FoMoHKD(torch.compile(hd, **options)).hd.lowering
+        assert lower.uses_inductor(lowering)
+        assert getattr(lowering, "keywords", {}).get("options", {}).get("max_autotune") is expected
+
+
+def test_a_backend_that_cannot_be_seen_is_refused():
+    hd, _, _ = classifier()
+    compiled = torch.compile(hd)
+    compiled.dynamo_ctx.callback = None
+    with pytest.raises(ArgumentError, match="^hd: .*fomoh_fx.compile"):
+        FGD(compiled)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("optimizer", ALL)
 def test_nothing_waits_for_the_gpu(optimizer):
