@@ -44,7 +44,7 @@ def inductor(module: fx.GraphModule, dynamic: bool, **options: Any) -> Callable[
 
 def asked_for(compiled: nn.Module) -> Lowering | None:
     """The lowering of what ``torch.compile`` returned, with the caller's backend, mode and options; None if unknown."""
-    backend = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    backend: Any = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
     while hasattr(backend, "_torchdynamo_orig_backend"):  # Dynamo's own wrappers
         backend = backend._torchdynamo_orig_backend
     options = getattr(backend, "config", None)
