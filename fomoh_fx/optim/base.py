@@ -12,6 +12,8 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
+from types import FunctionType
 from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
@@ -36,6 +38,10 @@ from fomoh_fx.transform import Curvature, HyperDualModule
 SHORTEST = 2.0**-40
 
 _NO_ORDER = "params: a set has no order, so directions would not be reproducible; give a list"
+
+
+#: What torch's schedulers put into groups, beside the options that groups have.
+_OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
 class Options(TypedDict, total=False):
@@ -66,6 +72,11 @@ pytree.register_dataclass(Moved)
 
 class ForwardOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` that needs forward passes only.
+
+    Directions that a sampler draws lie in the space of all parameters. Those on which the batch's loss does not depend
+    (a head that is not in use, rows of an embedding that are not looked up) then move along them too, at random. Leave
+    them out by ``wrt=`` of ``transform``, by ``params``, or by freezing them, or take ``FoMoHKD(hd,
+    sampler="activity")``, which guesses that their gradient is zero.
 
     Args:
         hd: what :func:`fomoh_fx.transform` or :func:`fomoh_fx.compile` returned. Where its ``second_order`` is not
@@ -181,6 +192,11 @@ class ForwardOptimizer(torch.optim.Optimizer):
         return value.primal
 
     def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Batch:
+        given = [*args, *kwargs.values()]
+        if targets is None and len(given) == 1 and isinstance(given[0], FunctionType):
+            raise ArgumentError(
+                "step: takes the batch, step(x, targets=(y,)), and no closure: it evaluates the loss itself"
+            )
         if targets is None or self.hd.loss is None:
             return Batch(args, kwargs if targets is None else {**kwargs, "targets": targets}, None)
         if not isinstance(targets, (tuple, list)):
@@ -269,30 +285,62 @@ class ForwardOptimizer(torch.optim.Optimizer):
         return int(self._refused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its parameters must be the model's, and ``hd.wrt`` must select them."""
+        """Add a group; its parameters must be the model's, and ``hd.wrt`` must select them.
+
+        Raises:
+            ArgumentError: it has other parameters, or options that groups do not have.
+        """
+        if unknown := param_group.keys() - {"params", "param_names", *self.defaults, *_OF_SCHEDULERS}:
+            known = ", ".join(self.defaults)
+            raise ArgumentError(f"params: a group has no option {', '.join(sorted(unknown))}; its own may be {known}")
         group = {**param_group, "params": self._named(param_group["params"])}
         for option in ("lr", "weight_decay"):
             at_least_zero(option, group.get(option, 0.0))
+        if not group["params"]:
+            raise ArgumentError("params: there is none in a group")
         super().add_param_group(group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The groups, the directions' random state, the numbers of skipped and refused steps, and the steps' length."""
-        counts = {"skipped": self.skipped, "refused": self.refused, "length": self._length}
-        of = {"optimizer": self._kind()}
-        return {**super().state_dict(), **of, "directions": self.directions.state_dict(), **counts}
+        """The groups, and what is remembered from step to step (:meth:`entries`); hooks see all of it."""
+        handle = self.register_state_dict_post_hook(lambda _, state: {**state, **self.entries()}, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on exactly where ``state_dict`` was taken.
 
         Raises:
-            ArgumentError: it is of another optimizer, of another kind of directions, or of other parameters.
+            ArgumentError: after the hooks it is of another optimizer, of another kind of directions, of other
+                parameters, or not whole. Nothing has changed then.
         """
-        self._refuse_foreign(state_dict)
-        super().load_state_dict(dict(state_dict))
-        self.directions.load_state_dict(state_dict["directions"])
-        self._skipped.restore(state_dict["skipped"])
-        self._refused = torch.tensor(state_dict["refused"])
-        self._length = torch.as_tensor(state_dict["length"])
+        given: list[Mapping[str, Any]] = []
+
+        def check(_: Any, state: Mapping[str, Any]) -> None:
+            self._refuse_foreign(state)
+            given.append(state)
+
+        if not isinstance(state_dict, Mapping):
+            self._refuse_foreign(state_dict)
+        handle = self.register_load_state_dict_pre_hook(check)  # the last of them
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            handle.remove()
+        self.restore(given[0])
+
+    def entries(self) -> dict[str, Any]:
+        """The directions' state, the numbers of skipped and refused steps, and the steps' length."""
+        counts = {"skipped": self.skipped, "refused": self.refused, "length": self._length}
+        return {"optimizer": self._kind(), "directions": self.directions.state_dict(), **counts}
+
+    def restore(self, entries: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`entries` returned."""
+        self.directions.load_state_dict(entries["directions"])
+        self._skipped.restore(entries["skipped"])
+        self._refused = torch.tensor(entries["refused"])
+        self._length = torch.as_tensor(entries["length"])
 
     def _kind(self) -> str:
         return f"{type(self).__name__} with {type(self.directions).__name__}"
@@ -302,10 +350,23 @@ class ForwardOptimizer(torch.optim.Optimizer):
         if not known or state["optimizer"] != self._kind():
             what = state["optimizer"] if known else "no state of an optimizer of fomoh_fx"
             raise ArgumentError(f"state_dict: expected that of {self._kind()}, got {what}")
+        if missing := self._missing(state):
+            raise ArgumentError(f"state_dict: it is not whole, there is no {', '.join(missing)}")
         names = [group["param_names"] for group in self.param_groups]
         others = [group["param_names"] for group in state["param_groups"]]
         if names != others:
             raise ArgumentError(f"state_dict: its groups have the parameters {others}, and here there are {names}")
+
+    def _missing(self, state: Mapping[str, Any]) -> list[str]:
+        """The names of what a state of this optimizer has and this one has not."""
+        own = {"state": {}, "param_groups": [], **self.entries()}
+        missing = sorted(own.keys() - state.keys())
+        for group in state.get("param_groups", ()):
+            missing += sorted({"params", "param_names", *self.defaults} - group.keys())
+        for name, value in own.items():
+            if isinstance(value, Mapping) and name in state:
+                missing += sorted(f"{name}.{key}" for key in value.keys() - dict(state[name] or {}).keys())
+        return missing
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything, so that a copy can step, with a copy of the model; hooks are left behind, as PyTorch does.
@@ -320,17 +381,27 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """The parameters that move, by name."""
+        self._rename()
         trained = {name: p for _, name, p in self._members() if p.requires_grad}
+        if not trained:
+            raise ArgumentError("params: none of the parameters has requires_grad=True, so there is nothing to train")
+        return trained
+
+    def _rename(self) -> None:
+        """Follow parameters that have got other names in the model, by pruning or a module around theirs."""
         current = dict(self.hd.module.named_parameters())
-        for name, p in trained.items():
-            if current.get(name) is not p:
+        if all(current.get(name) is p for _, name, p in self._members() if p.requires_grad):
+            return
+        now = {id(p): name for name, p in current.items()}
+        for _, name, p in self._members():
+            if p.requires_grad and id(p) not in now:
                 raise ArgumentError(
                     f"params: {name} is no longer the model's: another tensor has taken its place since this optimizer "
                     "was made (by assign=True, or a module that was exchanged); make a new optimizer"
                 )
-        if not trained:
-            raise ArgumentError("params: none of the parameters has requires_grad=True, so there is nothing to train")
-        return trained
+        for group in self.param_groups:
+            named = zip(group["params"], group["param_names"], strict=True)
+            group["param_names"] = [now.get(id(p), name) for p, name in named]
 
     def _members(self) -> Iterable[tuple[dict[str, Any], str, nn.Parameter]]:
         for group in self.param_groups:
@@ -340,6 +411,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
     def _groups(self, params: Iterable[Any] | None) -> list[dict[str, Any]]:
         if isinstance(params, set):
             raise ArgumentError(_NO_ORDER)
+        if params is not None and not isinstance(params, Iterable):
+            raise ArgumentError(f"params: expected parameters or groups of them, got {params!r}")
         chosen = list(self._selected().values() if params is None else params)
         if not chosen:
             raise ArgumentError("params: there is none")
@@ -360,6 +433,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
         entries: Iterable[Any] = [params] if isinstance(params, Tensor) else params
         for entry in entries:
             p = entry[1] if isinstance(entry, tuple) else entry
+            if isinstance(p, nn.Parameter) and not (p.is_floating_point() or p.is_complex()):
+                raise ArgumentError(f"params: there is one of {p.dtype}, which has no derivatives; leave it out")
             if not isinstance(p, nn.Parameter) or id(p) not in names:
                 raise ArgumentError("params: there is one that is not among the model's parameters that hd.wrt selects")
             if any(p is known for _, known in named):
@@ -422,5 +497,6 @@ def _one_rate(rates: Sequence[Tensor]) -> Tensor:
 
 def at_least_zero(name: str, value: Any) -> None:
     """Raise an ArgumentError that begins with ``name`` unless the value is a finite number of at least zero."""
-    if not isinstance(value, (int, float, Tensor)) or not 0 <= value < math.inf:
+    is_number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
+    if not is_number or not 0 <= value < math.inf:
         raise ArgumentError(f"{name}: expected a finite number of at least 0, got {value!r}")

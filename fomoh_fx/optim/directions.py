@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -73,16 +74,17 @@ class RandomDirections(Directions):
     def __init__(
         self, count: int | None, sampler: str | Sampler, seed: int | None = None, previous_step: bool = False
     ) -> None:
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
             raise ArgumentError(f"directions: expected a number of at least 1, got {count!r}")
         if not callable(sampler) and sampler not in SAMPLERS:
-            raise ArgumentError(f"sampler: expected one of {tuple(SAMPLERS)} or a function, got {sampler!r}")
+            known = f'{tuple(SAMPLERS)}, of FoMoHKD also "activity",'
+            raise ArgumentError(f"sampler: expected one of {known} or a function, got {sampler!r}")
         if previous_step and count == 1:
             raise ArgumentError(
                 "directions: with previous_step=True the last one is the step before, which alone would never change; "
                 "give 2 or more, or previous_step=False"
             )
-        self.count = count
+        self.count = None if count is None else int(count)
         self.sampler: Sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
         self.streams = Streams(seed)
         self.previous_step = previous_step

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from fomoh_fx.errors import ArgumentError
 from fomoh_fx.hyperdual import HyperDual
 from fomoh_fx.optim.activity import ActivityDirections
 from fomoh_fx.optim.base import Options
@@ -44,7 +45,7 @@ class FoMoHKD(PlaneSearch):
         previous_step: whether one of the K directions is the step before, which lets good directions live on. It takes
             two directions or more.
         seed: of the directions; None takes one from torch's default generator.
-        perturbations: with ``sampler="activity"``, how many perturbations of each sample are averaged.
+        perturbations: with ``sampler="activity"``, how many perturbations of each sample are averaged; None for 4.
     """
 
     def __init__(
@@ -57,17 +58,19 @@ class FoMoHKD(PlaneSearch):
         solver: str | Solver | None = None,
         previous_step: bool = False,
         seed: int | None = None,
-        perturbations: int = 4,
+        perturbations: int | None = None,
         **options: Unpack[Options],
     ) -> None:
         self.length = StepLength() if sampler == "activity" else None
         if sampler == "activity":
-            gradient = ActivityGradient(hd, perturbations)
+            gradient = ActivityGradient(hd, 4 if perturbations is None else perturbations)
             guesses = ActivityDirections(gradient, 2 if directions is None else directions, seed)
             super().__init__(
                 hd, guesses, 1.0 if lr is None else lr, solver or "levenberg_marquardt", curvature="ggn", **options
             )
         else:
+            if perturbations is not None:
+                raise ArgumentError(f'perturbations: are for sampler="activity", got {perturbations!r} and {sampler!r}')
             drawn = RandomDirections(3 if directions is None else directions, sampler, seed, previous_step)
             super().__init__(hd, drawn, lr, solver or "jitter", **options)
 
@@ -88,11 +91,11 @@ class FoMoHKD(PlaneSearch):
             made = ~record.skipped if record.refused is None else ~(record.skipped | record.refused)
             self.length.expect(torch.where(made & ~record.bend.isnan(), record.bend, 0))
 
-    def state_dict(self) -> dict[str, Any]:
+    def entries(self) -> dict[str, Any]:
         """With the part of the step that is taken, where that adapts."""
-        return {**super().state_dict(), **({} if self.length is None else {"step_length": self.length.state_dict()})}
+        return {**super().entries(), **({} if self.length is None else {"step_length": self.length.state_dict()})}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def restore(self, entries: Mapping[str, Any]) -> None:
+        super().restore(entries)
         if self.length is not None:
-            self.length.load_state_dict(state_dict["step_length"])
+            self.length.load_state_dict(entries["step_length"])

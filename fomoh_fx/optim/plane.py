@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from fomoh_fx.errors import ArgumentError
 from fomoh_fx.hyperdual import HyperDual
 from fomoh_fx.optim.adaptive import AdaptiveSolver
 from fomoh_fx.optim.base import ForwardOptimizer, Options
@@ -50,7 +51,11 @@ class PlaneSearch(ForwardOptimizer):
 
     def coefficients(self, value: HyperDual) -> Tensor:
         g, h = value.tangent.double(), value.hessian().double()
-        return self.solver(g.nan_to_num(0, 0, 0), h.nan_to_num(0, 0, 0))  # a step that is not finite is skipped anyway
+        kappa = self.solver(g.nan_to_num(0, 0, 0), h.nan_to_num(0, 0, 0))  # a step that is not finite is skipped anyway
+        if not isinstance(kappa, Tensor) or kappa.shape != g.shape:
+            what = f"the shape {tuple(kappa.shape)}" if isinstance(kappa, Tensor) else repr(kappa)
+            raise ArgumentError(f"solver: expected a tensor of the shape {tuple(g.shape)} from (g, H), got {what}")
+        return kappa
 
     def parts(self) -> list[Any]:
         return [*super().parts(), self.solver]
@@ -75,12 +80,12 @@ class PlaneSearch(ForwardOptimizer):
         adapts = f" and the solver {type(self.solver).__name__}" if isinstance(self.solver, AdaptiveSolver) else ""
         return super()._kind() + adapts
 
-    def state_dict(self) -> dict[str, Any]:
+    def entries(self) -> dict[str, Any]:
         """With what the solver has learned, where it adapts."""
         solver = {"solver": self.solver.state_dict()} if isinstance(self.solver, AdaptiveSolver) else {}
-        return {**super().state_dict(), **solver}
+        return {**super().entries(), **solver}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def restore(self, entries: Mapping[str, Any]) -> None:
+        super().restore(entries)
         if isinstance(self.solver, AdaptiveSolver):
-            self.solver.load_state_dict(state_dict["solver"])
+            self.solver.load_state_dict(entries["solver"])

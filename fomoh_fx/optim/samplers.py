@@ -1,6 +1,7 @@
 """Samplers: K random directions over all parameters together, scaled so that E[v v^T] is the identity.
 
-A directional derivative times its direction is then, on average, the gradient. A sampler is a function of the
+A directional derivative times its direction is then, on average, the gradient; where that is zero the noise of a step
+remains (:class:`~fomoh_fx.optim.ForwardOptimizer`). A sampler is a function of the
 parameters by name, K, and :class:`~fomoh_fx.optim.streams.Streams` (called with a device, they give its generator);
 ``functools.partial`` sets its options: ``sampler=partial(low_rank, rank=4)``.
 """

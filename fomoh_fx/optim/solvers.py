@@ -65,9 +65,13 @@ def solver_of(solver: str | Solver) -> Solver:
     """The solver of that name, or the function itself.
 
     Raises:
-        ArgumentError: there is no solver of that name.
+        ArgumentError: there is no solver of that name, or it is a class and no object of it.
     """
-    if callable(solver) and not isinstance(solver, type):
+    if isinstance(solver, type):
+        raise ArgumentError(
+            f"solver: expected an object of {solver.__name__}, {solver.__name__}(..), and not the class"
+        )
+    if callable(solver):
         return solver
     found = SOLVERS.get(solver) if isinstance(solver, str) else None
     if found is None:

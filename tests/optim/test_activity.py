@@ -341,3 +341,22 @@ def test_another_dtype_after_some_steps():
     losses += [opt.step(x.double(), targets=(y,)) for _ in range(3)]
     assert losses[-1].dtype == torch.float64 and losses[-1] < losses[0]
     assert {v.dtype for v in opt.directions.averages.values()} == {torch.float64}
+
+
+@pytest.mark.filterwarnings("ignore:no gradient is guessed")
+def test_parameters_that_the_loss_does_not_see_stay():
+    """With directions that are drawn they move at random."""
+
+    class Unused(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.unused = nn.Parameter(torch.zeros(4))
+
+    model = Unused()
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    hd = fomoh_fx.transform(model, nn.functional.mse_loss)
+    for _ in range(3):
+        FoMoHKD(hd, sampler="activity").step(x, targets=(y,))
+    assert not model.unused.any()
+    FoMoHKD(hd).step(x, targets=(y,))
+    assert model.unused.any()

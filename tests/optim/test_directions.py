@@ -147,7 +147,7 @@ def test_the_number_of_directions_is_checked(count):
 
 
 def test_the_sampler_is_checked():
-    with pytest.raises(ArgumentError, match="^sampler: .*rademacher"):
+    with pytest.raises(ArgumentError, match="^sampler: .*rademacher.*activity"):
         RandomDirections(1, "gauss")
 
 

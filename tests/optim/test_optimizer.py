@@ -5,9 +5,11 @@ import io
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import fomoh_fx
 from fomoh_fx import lower
@@ -276,11 +278,15 @@ def test_a_tensor_as_rate():
     [
         ({"lr": -1.0}, "^lr: "),
         ({"lr": float("nan")}, "^lr: "),
+        ({"lr": torch.tensor([0.1, 0.2])}, "^lr: "),
         ({"weight_decay": -0.1}, "^weight_decay: "),
         ({"directions": 0}, "^directions: "),
         ({"sampler": "gauss"}, "^sampler: "),
         ({"params": [nn.Parameter(torch.zeros(2))]}, "^params: "),
         ({"params": [{"params": [], "lr": -1.0}]}, "^lr: "),
+        ({"params": [{"params": []}]}, "^params: there is none"),
+        ({"params": 3}, "^params: expected"),
+        ({"params": [nn.Parameter(torch.tensor([1]), requires_grad=False)]}, "^params: .*int64"),
     ],
 )
 @pytest.mark.parametrize("optimizer", ALL)
@@ -301,6 +307,45 @@ def test_bad_modules_are_named():
         FoMoH(fomoh_fx.transform(Quadratic()), eps=-1.0)
     with pytest.raises(ArgumentError, match="^solver: "):
         FoMoHKD(fomoh_fx.transform(Quadratic()), solver="cg")
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+def test_numbers_of_numpy_are_numbers(optimizer):
+    hd = fomoh_fx.transform(Quadratic(), second_order=optimizer.second_order)
+    opt = optimizer(hd, lr=np.float32(0.25), directions=np.int64(2), weight_decay=np.float64(0.5), seed=0)
+    other = optimizer(fomoh_fx.transform(Quadratic()), lr=0.25, directions=2, weight_decay=0.5, seed=0)
+    opt.step()
+    other.step()
+    assert torch.equal(parameters_of(hd.model), parameters_of(other.hd.model))
+
+
+def test_what_would_be_ignored_is_refused():
+    hd, _, _ = classifier()
+    with pytest.raises(ArgumentError, match="^perturbations: .*activity"):
+        FoMoHKD(hd, perturbations=7)
+    with pytest.raises(ArgumentError, match="^step: .* no closure"):
+        FGD(hd).step(lambda: 0.0)
+
+
+def wrapped(model):
+    model[0] = nn.Sequential(model[0])
+
+
+@pytest.mark.parametrize("sampler", ["normal", "activity"])
+@pytest.mark.parametrize(
+    "change", [lambda m: prune.l1_unstructured(m[0], "weight", 0.5), wrapped], ids=["prune", "wrap"]
+)
+def test_parameters_under_another_name_go_on(change, sampler):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+    x, y = torch.randn(16, 6), torch.randint(0, 3, (16,))
+    opt = FoMoHKD(fomoh_fx.transform(model, nn.functional.cross_entropy), sampler=sampler, seed=0)
+    opt.step(x, targets=(y,))
+    change(model)
+    before = parameters_of(model)
+    opt.step(x, targets=(y,))
+    assert (parameters_of(model) != before).any()
+    assert sorted(opt.param_groups[0]["param_names"]) == sorted(name for name, _ in model.named_parameters())
 
 
 def test_unused_and_tied_parameters():
@@ -393,6 +438,30 @@ def test_an_option_that_there_is_not_is_refused(optimizer):
         (name,) = unknown
         with pytest.raises(ArgumentError, match=f"^{name}: .* weight_decay"):
             optimizer(hd, **unknown)
+
+
+def test_options_that_a_group_does_not_have_are_refused():
+    model = Quadratic()
+    hd = fomoh_fx.transform(model)
+    for unknown in ({"eps": 1e-3}, {"largest_rise": None}, {"wieght_decay": 0.1}):
+        (name,) = unknown
+        with pytest.raises(ArgumentError, match=f"^params: .*{name}.* lr, weight_decay"):
+            FoMoH(hd, params=[{"params": model.parameters(), **unknown}])
+        opt = FoMoH(hd, params=[model.x])
+        with pytest.raises(ArgumentError, match=f"^params: .*{name}"):
+            opt.add_param_group({"params": [model.y], **unknown})
+
+
+def test_what_schedulers_put_into_groups_stays():
+    model = Quadratic()
+    hd = fomoh_fx.transform(model)
+    opt = FoMoH(hd, params=[{"params": model.parameters(), "weight_decay": 0.1}], seed=0)
+    torch.optim.lr_scheduler.OneCycleLR(opt, 0.5, total_steps=4, cycle_momentum=False)
+    assert {"initial_lr", "max_lr", "min_lr"} <= opt.param_groups[0].keys()
+    resumed = FoMoH(hd, seed=1)
+    resumed.load_state_dict(opt.state_dict())
+    again = FoMoH(hd, params=opt.param_groups)
+    assert resumed.param_groups[0].keys() == again.param_groups[0].keys() == opt.param_groups[0].keys()
 
 
 def test_parameters_that_are_none_are_refused():
@@ -496,3 +565,43 @@ def test_states_of_others_are_refused():
         with pytest.raises(ArgumentError, match=f"^state_dict: .*{message}"):
             optimizer.load_state_dict(state)
         assert str(optimizer.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize(
+    "left_out", ["length", "directions.seed", "directions.far", "solver.damping", "step_length", "lr"]
+)
+def test_states_that_are_not_whole_are_refused(left_out):
+    """And leave the optimizer as it was."""
+    hd, x, targets = classifier()
+    opt = FoMoHKD(hd, sampler="activity", seed=0)
+    opt.step(x, targets=targets)
+    before, state = opt.state_dict(), copy.deepcopy(opt.state_dict())
+    state["param_groups"][0]["lr"] = 77.0
+    *inside, name = left_out.split(".")
+    holder = state["param_groups"][0] if name == "lr" else state[inside[0]] if inside else state
+    del holder[name]
+    with pytest.raises(ArgumentError, match=f"^state_dict: .*no {left_out}"):
+        opt.load_state_dict(state)
+    assert str(opt.state_dict()) == str(before)
+
+
+def test_hooks_see_the_whole_state():
+    hd, x, targets = classifier()
+    opt, seen = FoMoHKD(hd, seed=0), []
+    opt.register_state_dict_post_hook(lambda _, state: seen.extend(state))
+    opt.step(x, targets=targets)
+    state = opt.state_dict()
+    assert seen == list(state) and "directions" in seen
+
+    def translated(_, state):
+        (group,) = state["param_groups"]
+        names = [name.removeprefix("old.") for name in group["param_names"]]
+        return {**state, "param_groups": [{**group, "param_names": names}], "skipped": 5}
+
+    state["param_groups"][0]["param_names"] = [f"old.{name}" for name in state["param_groups"][0]["param_names"]]
+    other = FoMoHKD(hd, seed=1)
+    with pytest.raises(ArgumentError, match="^state_dict: .*old"):
+        other.load_state_dict(state)
+    other.register_load_state_dict_pre_hook(translated)
+    other.load_state_dict(state)
+    assert other.skipped == 5 and other.directions.streams.seed == 0

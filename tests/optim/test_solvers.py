@@ -5,8 +5,11 @@ from functools import partial
 import pytest
 import torch
 
+import fomoh_fx
 from fomoh_fx.errors import ArgumentError
+from fomoh_fx.optim import FoMoHKD, TrustRegion
 from fomoh_fx.optim.solvers import jitter, saddle_free, solver_of
+from tests.optim.problems import Quadratic
 
 EXACT = {"jitter": jitter, "saddle_free": saddle_free}
 
@@ -74,3 +77,20 @@ def test_a_function_is_a_solver_and_other_names_are_refused():
     assert solver_of(own) is own
     with pytest.raises(ArgumentError, match="^solver: .*saddle_free"):
         solver_of("newton")
+    with pytest.raises(ArgumentError, match=r"^solver: .*TrustRegion\(\.\.\)"):
+        solver_of(TrustRegion)
+
+
+RESULTS = {
+    "longer": lambda g, h: torch.zeros(len(g) + 1),
+    "a column": lambda g, h: -g[:, None],
+    "a number": lambda g, h: -g.sum(),
+    "nothing": lambda g, h: None,
+}
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_what_a_solver_returns_is_checked(result):
+    opt = FoMoHKD(fomoh_fx.transform(Quadratic()), solver=RESULTS[result])
+    with pytest.raises(ArgumentError, match=r"^solver: .*\(3,\)"):
+        opt.step()
