@@ -96,7 +96,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
             and the buffers of before) and a copy of the parameters. None: steps are not looked at again. Unless it
             is given it is 0.1 for all that use curvature, None for FGD.
         diagnostics: whether :attr:`last_step` tells about every step, the loss after it included (one more evaluation
-            of the value).
+            of the value, and with weight decay a copy of the parameters).
     """
 
     second_order: ClassVar[SecondOrder]
