@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from types import FunctionType
@@ -68,6 +69,13 @@ class Moved:
 
 
 pytree.register_dataclass(Moved)
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Without gradients, and out of inference mode: what a step remembers must serve other steps too."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class ForwardOptimizer(torch.optim.Optimizer):
@@ -150,8 +158,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """The damping of the step that was just solved for, where there is one."""
         return None
 
-    @torch.inference_mode(False)  # what steps remember must serve outside of it too
-    @torch.no_grad()
+    @_plainly()
     def step(self, *args: Any, targets: Sequence[Any] | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """One step.
 

@@ -49,5 +49,5 @@ class SkippedSteps:
         warnings.warn(
             "a step was skipped, because the loss, a derivative or the step itself was not finite; the parameters were "
             "left as they were. The optimizer counts such steps in `skipped`, and warns only once",
-            stacklevel=7,
+            stacklevel=6,
         )
