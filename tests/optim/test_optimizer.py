@@ -39,8 +39,8 @@ def test_no_autograd_graph_is_built(optimizer):
     seen = []
     call = Specialization.__call__
 
-    def spy(self, tensors, tangents):
-        value = call(self, tensors, tangents)
+    def spy(self, tensors, tangents, *rest):
+        value = call(self, tensors, tangents, *rest)
         seen.extend([value.primal, value.tangent, value.output, *tangents])
         return value
 
