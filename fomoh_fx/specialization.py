@@ -14,11 +14,11 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Program
 from fomoh_fx.capture.assignment import COMPUTED_FROM
+from fomoh_fx.capture.call import Arguments
 from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.layouts import has_its_layouts
 from fomoh_fx.capture.nested import is_a_part
 from fomoh_fx.capture.overlaps import refuse_overlaps
-from fomoh_fx.capture.program import Arguments
 from fomoh_fx.capture.reading import Reader, Reading, kind_of, unusual_strides_of
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.low_rank import factors

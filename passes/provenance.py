@@ -31,7 +31,7 @@ _HIDDEN = tuple(
     str(Path(file).resolve().parent) + "/" for file in (torch.__file__, errors.__file__, __file__) if file is not None
 )
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib") + "/"
-_ROOT = "capture/program.py"  # the frame that calls the model: what is outside it is the caller's, not the model's
+_ROOT = "capture/root.py"  # the frame that calls the model: what is outside it is the caller's, not the model's
 
 
 @dataclass(frozen=True)

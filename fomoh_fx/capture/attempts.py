@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fomoh_fx.capture.call import Call
 from fomoh_fx.capture.constants import argument, candidates, fewer, is_flag
 from fomoh_fx.capture.counters import refuse_counted
 from fomoh_fx.capture.draws import refuse_drawn
 from fomoh_fx.capture.frontends import DecidedByData, first_that_works
 from fomoh_fx.capture.leaks import refuse_kept
-from fomoh_fx.capture.program import Call, Program, Root
+from fomoh_fx.capture.program import Program
 from fomoh_fx.capture.refusals import refuse_fake, refuse_without_data
+from fomoh_fx.capture.root import Root
 from fomoh_fx.capture.threads import CAPTURING
 from fomoh_fx.errors import CaptureError, FomohError
 from fomoh_fx.passes.data_sizes import has_sizes_from_data

@@ -14,7 +14,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from fomoh_fx.capture.dimensions import marks_kept
 from fomoh_fx.capture.inputs import distinct, state_of
-from fomoh_fx.capture.program import Input, Output, Program, Root
+from fomoh_fx.capture.program import Input, Output, Program
+from fomoh_fx.capture.root import Root
 from fomoh_fx.capture.tracing import views_in_any_layout
 from fomoh_fx.decompositions import decomposed
 from fomoh_fx.errors import CaptureError

@@ -15,7 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomoh_fx.capture.inputs import distinct, state_of
-from fomoh_fx.capture.program import Input, Output, Program, Root
+from fomoh_fx.capture.program import Input, Output, Program
+from fomoh_fx.capture.root import Root
 from fomoh_fx.capture.state import replaced
 from fomoh_fx.capture.tracing import views_in_any_layout
 

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from fomoh_fx.capture.assignment import ChangedData, Lost, kept_elsewhere
 from fomoh_fx.capture.assignments import Assignments
+from fomoh_fx.capture.call import Call
 from fomoh_fx.capture.draws import same_graph
-from fomoh_fx.capture.program import Call, Program, Root
+from fomoh_fx.capture.program import Program
 from fomoh_fx.capture.reading import COUNTED, are_equal
+from fomoh_fx.capture.root import Root
 from fomoh_fx.capture.where import at_attribute
 from fomoh_fx.errors import CaptureError, FomohError
 from fomoh_fx.passes.retrace import without_autocast

@@ -18,9 +18,10 @@ from fomoh_fx.capture.inputs import constant_of, name_inputs, share_tied, ties
 from fomoh_fx.capture.known import fold_known
 from fomoh_fx.capture.layouts import note_layouts
 from fomoh_fx.capture.overlaps import refuse_overlaps
-from fomoh_fx.capture.program import Program, Root
+from fomoh_fx.capture.program import Program
 from fomoh_fx.capture.reasons import Reason, each_once, without_locals
 from fomoh_fx.capture.refusals import raise_what_was_caught
+from fomoh_fx.capture.root import Root
 from fomoh_fx.capture.tracing import containers_kept, foreign_restored, tracing_state
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
 from fomoh_fx.passes.data_sizes import ADVICE, DECIDED_BY_DATA

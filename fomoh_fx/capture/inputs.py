@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fomoh_fx.capture.constants import argument
-from fomoh_fx.capture.program import Input, Program, Root
+from fomoh_fx.capture.program import Input, Program
+from fomoh_fx.capture.root import Root
 from fomoh_fx.capture.state import Keys, place_of, places
 
 
