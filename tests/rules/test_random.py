@@ -85,7 +85,7 @@ DERIVATIVES = {
 }
 
 SAMPLES = CONSTANTS | DERIVATIVES
-TESTED_OTHERWISE = [aten._standard_gamma.default]
+TESTED_OTHERWISE = [aten._standard_gamma.default, aten._sample_dirichlet.default]
 CASES = [(op, sample) for op, samples in DERIVATIVES.items() for sample in samples]
 
 
@@ -164,6 +164,24 @@ def test_numbers_are_drawn_in_the_order_of_the_model_s_own_layout():
     torch.manual_seed(0)
     out = fomoh_fx.transform(model, wrt="inputs")(x, tangents=(torch.ones(1, 2, 4, 3, dtype=torch.float64),))
     torch.testing.assert_close(out.primal, expected)
+
+
+def test_a_dirichlet_sample_moves_on_the_simplex():
+    """Along x it stays on it, and its sum over the parts is the pathwise derivative that reverse mode has."""
+    alpha, v = P * 5, torch.randn(2, 3, dtype=torch.float64, generator=GENERATOR)
+    op = aten._sample_dirichlet.default
+    torch.manual_seed(0)
+    y = RULES[op](op, Components(2, None), HyperDual(alpha, v))
+    torch.testing.assert_close(y.tangent.sum(-1), torch.zeros(2, dtype=torch.float64))
+    leaf = alpha.clone().requires_grad_()
+    torch.manual_seed(0)
+    x = torch.distributions.Dirichlet(leaf).rsample()
+    torch.testing.assert_close(y.primal, x.detach())
+    for i in range(3):
+        (slope,) = torch.autograd.grad(x[i], leaf, retain_graph=True)
+        torch.testing.assert_close(y.tangent[:, i], v @ slope)
+    with pytest.raises(UnsupportedOpError, match="second derivative of a Dirichlet sample is not known"):
+        RULES[op](op, Components(2, "plane"), HyperDual(alpha, v))
 
 
 @pytest.mark.parametrize(
