@@ -217,16 +217,17 @@ class Assignments:
 
     def _note_order(self, watched: _Watched, now: Sequence[Any]) -> None:
         """A model may go by the order of keys, as a cache that drops the least recently used."""
-        order = [*watched.before]
-        if [*watched.holder] != order:
-            _reorder(watched.holder, order)
-        if [key for key in now if key in watched.before] == [key for key in order if key in now]:
+        place = {key: i for i, key in enumerate(watched.before)}  # keys may be tensors, which are not to be compared
+        if [place.get(key) for key in watched.holder] != [*place.values()]:
+            _reorder(watched.holder, [*place])
+        kept = [place[key] for key in now if key in place]
+        if kept == sorted(kept):
             return
         if watched.path == _GIVEN:
             self._refuse_change_of_argument("dictionary with another order of its keys")
         else:
             put = partial(_reorder, watched.holder)
-            self.numbers.append(self._change(watched, _ORDER, put, order, [*now]))
+            self.numbers.append(self._change(watched, _ORDER, put, [*place], [*now]))
 
     def _registers(self, watched: _Watched, name: str, old: Any) -> bool | None:
         """Whether the buffer of this name is persistent, where the run has registered it."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from types import CellType, FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fomoh_fx.capture.assignment import kept_elsewhere
@@ -24,6 +25,7 @@ from fomoh_fx.capture.state import children, is_record, slots_of
 _Cache = type(functools.lru_cache(len))
 _Link: Any = getattr(functools, "_lru_list_elem", _Cache)
 _INNER = {dict, list, tuple, deque, set, CellType, _Link}
+_UNSEARCHED = (type, ModuleType, nn.Module, torch.SymInt, torch.SymFloat, torch.SymBool)
 _MOST = 10_000  # objects that are searched
 _NOT_A_USERS = {"torch", "fomoh_fx", "numpy", *sys.stdlib_module_names}
 
@@ -61,7 +63,7 @@ def has_tensors_behind(value: Any) -> bool:
         if isinstance(one, Tensor):
             if not is_real(one):
                 return True
-        elif id(one) not in seen and not isinstance(one, (type, ModuleType, nn.Module)):
+        elif id(one) not in seen and not isinstance(one, _UNSEARCHED):
             seen.add(id(one))
             is_function = isinstance(one, FunctionType)  # which refers to all global variables
             todo += [one.__closure__, one.__defaults__] if is_function else gc.get_referents(one)

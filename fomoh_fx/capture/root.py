@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 from torch import Tensor, fx, nn
 
@@ -21,9 +19,9 @@ from fomoh_fx.capture.conversions import conversions_checked
 from fomoh_fx.capture.finite import AssumeFinite
 from fomoh_fx.capture.hooks import gradient_hooks_checked, refuse_hooks_of_module
 from fomoh_fx.capture.leaks import has_tensors_behind
+from fomoh_fx.capture.modules import calls_noticed
 from fomoh_fx.capture.semantics import ReverseModeSemantics
 from fomoh_fx.capture.state import replaced
-from fomoh_fx.capture.threads import is_in
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.passes.provenance import RecordSourceLines
 
@@ -96,7 +94,7 @@ class Root(nn.Module):
             semantics = self.observed.semantics = ReverseModeSemantics(known, self.observed.before, leaves, names)
             assignments.same = partial(_same, names, semantics)
             for context in (
-                semantics, RecordSourceLines(), AssumeFinite(), assignments, self._observe_modules(assignments),
+                semantics, RecordSourceLines(), AssumeFinite(), assignments, self._modules_observed(assignments),
                 conversions_checked(self), gradient_hooks_checked(),
             ):  # fmt: skip
                 stack.enter_context(context)
@@ -145,13 +143,10 @@ class Root(nn.Module):
     def _at(self, path: str | None) -> nn.Module:
         return self.get_submodule(path or "")
 
-    @contextmanager
-    def _observe_modules(self, assignments: Assignments) -> Iterator[None]:
+    def _modules_observed(self, assignments: Assignments) -> AbstractContextManager[None]:
         """Note modules that run without being part of this one: a function refers to them, or the model hides them."""
         self.observed.outside.clear()
         known = {id(vars(m)) for m in self.modules()}  # a tracer wraps modules in others that share their attributes
-
-        thread = threading.get_ident()
 
         def note(module: nn.Module) -> None:
             refuse_hooks_of_module(module)
@@ -162,16 +157,7 @@ class Root(nn.Module):
                     assignments.watch(part)
                 known.update(id(vars(m)) for m in module.modules())
 
-        call = nn.Module._call_impl
-
-        def noted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if is_in(thread):
-                note(module)
-            return call(module, *args, **kwargs)
-
-        # with a global hook, a hook that a module installs in its forward would act already in that call
-        with patch.object(nn.Module, "_call_impl", noted):
-            yield
+        return calls_noticed(note)
 
 
 def _same(names: Mapping[int, str], semantics: ReverseModeSemantics, tensor: Tensor) -> Same | None:

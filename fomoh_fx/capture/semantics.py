@@ -32,7 +32,7 @@ from fomoh_fx.capture.constants import KEEP_STATISTICS
 from fomoh_fx.capture.constructors import class_of, index_of_elements
 from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.entrances import entrances_noticed
-from fomoh_fx.capture.untraceable import traceable
+from fomoh_fx.capture.untraceable import dropout, traceable
 from fomoh_fx.custom_functions import FunctionCall, Template, apply_of_library, functions_called, of_library
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
 from fomoh_fx.functional_forms import apart, changed_arguments, changes_arguments, functional_form, named
@@ -457,7 +457,7 @@ def _bound(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
 
 _F = torch.nn.functional
 #: What they return in evaluation is what they are given.
-_DROPOUTS = {_F.dropout, _F.dropout2d, _F.dropout3d, _F.alpha_dropout, _F.feature_alpha_dropout}
+_DROPOUTS = {_F.dropout, dropout, _F.dropout2d, _F.dropout3d, _F.alpha_dropout, _F.feature_alpha_dropout}
 
 #: They are there, whether gradients are enabled or not.
 _ATTRIBUTES = {torch.Tensor.grad.__get__, torch.Tensor._base.__get__}  # type: ignore[attr-defined,union-attr]

@@ -154,7 +154,7 @@ def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | No
     return torch.return_types.linalg_lstsq((solution, residuals, rank, values))  # type: ignore[attr-defined]
 
 
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """With probability one nothing is drawn: the product with zero."""
     if p != 1 or not training:
         return torch.nn.functional.dropout(input, p, training, inplace)
@@ -177,7 +177,7 @@ _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.nn.functional.gaussian_nll_loss: _gaussian_nll_loss,
     torch.nn.functional.ctc_loss: _ctc_loss,
     torch.ctc_loss: _ctc_loss,
-    torch.nn.functional.dropout: _dropout,
+    torch.nn.functional.dropout: dropout,
     torch.equal: _equal,
     torch.Tensor.equal: _equal,
     torch.linalg.lstsq: _lstsq,

@@ -135,7 +135,7 @@ def test_hidden_frames():
 
 
 def test_frames_outside_the_model_are_not_the_models():
-    root = str(Path(fomoh_fx.__file__).parent / "capture" / "program.py")
+    root = str(Path(fomoh_fx.__file__).parent / "capture" / "root.py")
     outside = frame("/home/me/train.py", 3, "hd(x)") + frame(root, 9, "self.model(*args)")
     assert source_line(outside) == ""
     assert source_line(outside + frame("/home/me/model.py", 5, "x * 2")) == "model.py:5, x * 2"
