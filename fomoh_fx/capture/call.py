@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture.leaks import has_tensors_behind
 from fomoh_fx.capture.records import flattened
+from fomoh_fx.capture.state import children, containers
 from fomoh_fx.errors import CaptureError
 
 _PARTS = ("args", "kwargs", "targets")
@@ -39,6 +40,22 @@ class Call:
         mine, others = iter(tensors), iter(self.others)
         leaves = [next(mine) if is_tensor else next(others) for is_tensor in self.is_tensor]
         return pytree.tree_unflatten(leaves, self.spec)
+
+    def has_shared(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether one list, dictionary or object is in two places of the arguments, or in one of these modules, too."""
+        met = {id(container) for module in modules for _, container in containers(module)}
+        todo: list[tuple[Any, int]] = [((self.args, self.kwargs, self.targets), 0)]
+        while todo:
+            value, depth = todo.pop()
+            inside = children(value)
+            if inside is None or depth > 8:
+                continue
+            if not isinstance(value, tuple):
+                if id(value) in met:
+                    return True
+                met.add(id(value))
+            todo += [(child, depth + 1) for child in inside.values()]
+        return False
 
     @property
     def holder(self) -> Arguments:

@@ -30,8 +30,8 @@ from fomoh_fx.passes.retrace import without_autocast
 
 Changes = dict[Any, ChangedData]
 _NUMBERS = (int, float)
-#: Numbers at which a count is looked at again: a model may depend on it only from some call on, or at every n-th.
 _FEW = 9  # values that data may take by turns
+#: Numbers at which a count is looked at again: a model may depend on it only from some call on, or at every n-th.
 _LATE, _ROUND = 10**6 + 3, 2**10 * 3**3 * 5**6 * 7 * 11 * 13
 
 

@@ -22,7 +22,7 @@ from fomoh_fx.capture.leaks import has_tensors_behind
 from fomoh_fx.capture.modules import calls_noticed
 from fomoh_fx.capture.semantics import ReverseModeSemantics
 from fomoh_fx.capture.state import replaced
-from fomoh_fx.errors import ArgumentError
+from fomoh_fx.errors import ArgumentError, CaptureError
 from fomoh_fx.passes.provenance import RecordSourceLines
 
 
@@ -110,6 +110,12 @@ class Root(nn.Module):
             )
         self.observed.numbers = [*assignments.numbers, *self._learning(semantics, names)]
         self.observed.assigned = self._assigned(assignments)
+        changes = self.observed.assigned or self.observed.numbers
+        if changes and self.call.has_shared(m for m in self.modules() if m not in (self, self.given)):
+            raise CaptureError(
+                "model: is given one list, dictionary or object in two places, or one that it has itself, and changes "
+                "what it has or is given; a graph has one of its own in each place: pass copies, or pass it once"
+            )
         constants.changed |= {f"{made.path}.{made.keys[0]}" for made in self.observed.assigned} & {*constants.put}
         new = [tensor for made in self.observed.assigned for tensor in made.tensors]
         return [*map(semantics.own, [*found, *new])]

@@ -308,7 +308,7 @@ class ReverseModeSemantics(TorchFunctionMode):
     def _used(self, tensor: Tensor) -> Tensor:
         """What a function is given: without derivative, what the model has told not to require a gradient."""
         _, learns = self.learning.get(id(tensor), (tensor, True))
-        return tensor if learns else stopped(tensor)
+        return tensor if learns else self._aliases.of(tensor)  # which has its memory
 
     def source_of(self, tensor: Tensor) -> Tensor | None:
         """For ``x.detach()`` or ``x.data``, x."""

@@ -249,3 +249,21 @@ def test_a_step_that_is_skipped_leaves_nothing_in_arguments():
     assert optimizer.skipped == 1 and history == []
     optimizer.step(torch.ones(3, 2, dtype=D), history)
     assert optimizer.skipped == 1 and len(history) == 1
+
+
+def test_one_list_in_two_places_is_refused_where_it_is_changed():
+    def compute(layer, x, history, same):
+        history.append(layer(x).mean())
+        return layer(x).sum() * len(same)
+
+    model, history = Calls(compute), []
+    x, tangents = torch.ones(3, 2, dtype=D), {"layer.bias": torch.ones(1, 2, dtype=D)}
+    with pytest.raises(CaptureError, match="one list, dictionary or object in two places"):
+        fomoh_fx.transform(model)(x, history, history, tangents=tangents)
+    model.own = history
+    with pytest.raises(CaptureError, match="or one that it has itself"):
+        fomoh_fx.transform(model)(x, history, [1], tangents=tangents)
+    assert history == []
+    only_read = Calls(lambda layer, x, a, b: layer(x).sum() * len(a) * len(b))
+    out = fomoh_fx.transform(only_read)(x, [1, 2], [3], tangents=tangents)
+    torch.testing.assert_close(out.primal, only_read(x, [1, 2], [3]).detach())

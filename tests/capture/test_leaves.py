@@ -93,3 +93,27 @@ def test_what_requires_no_gradient_for_a_while_is_a_constant_meanwhile(freeze, t
         second = torch.autograd.grad(slope, leaves)
         torch.testing.assert_close(out.tangent[0], slope.detach())
         torch.testing.assert_close(out.cross[0], sum((h * v[0]).sum() for h in second))
+
+
+def test_a_view_of_what_requires_no_gradient_has_its_memory():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 4, dtype=torch.float64))
+
+        def forward(self, x):
+            self.weight.requires_grad_(False)
+            with torch.no_grad():
+                self.weight.view(-1).add_(1)
+                self.weight[0].mul_(2)
+            y = (self.weight * x).sum()
+            self.weight.requires_grad_(True)
+            return y * self.weight.pow(2).sum()
+
+    ours, theirs = Scaled(), Scaled()
+    out = fomoh_fx.transform(ours)(X, tangents={"weight": torch.ones(1, 2, 4, dtype=torch.float64)})
+    loss = theirs(X)
+    (slope,) = torch.autograd.grad(loss, theirs.weight)
+    torch.testing.assert_close(out.primal, loss.detach())
+    torch.testing.assert_close(out.tangent[0], slope.sum())
+    torch.testing.assert_close(ours.weight, theirs.weight)
