@@ -24,6 +24,7 @@ from fomoh_fx.capture.threads import CAPTURING, is_compiling
 from fomoh_fx.capture.tracing import quiet
 from fomoh_fx.dynamic_shapes import dynamic_dims, must_vary
 from fomoh_fx.errors import ArgumentError, CaptureError, SpecialisationError, UnsupportedOpError
+from fomoh_fx.garbage import uncollected
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.low_rank import factors
 from fomoh_fx.passes import pipeline
@@ -246,7 +247,7 @@ class HyperDualModule(nn.Module):
         dims = dynamic_dims(self.model, call, dynamic_shapes)
         found = self._found(call, signature, dims)
         if found is None:
-            with CAPTURING:  # another thread may have added it meanwhile
+            with CAPTURING, uncollected():  # another thread may have added it meanwhile
                 found = self._found(call, signature, dims) or self._added(call, seeds, signature, dims)
         self._latest = found
         return found
