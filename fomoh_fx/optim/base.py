@@ -31,7 +31,7 @@ from fomoh_fx.optim.replay import Replay
 from fomoh_fx.optim.samplers import Proposed, Stacks
 from fomoh_fx.optim.skipped import SkippedSteps
 from fomoh_fx.optim.snapshot import State
-from fomoh_fx.optim.update import update
+from fomoh_fx.optim.update import settle, update
 from fomoh_fx.seeds import selected_parameters
 from fomoh_fx.transform import Curvature, HyperDualModule
 
@@ -58,8 +58,9 @@ class Options(TypedDict, total=False):
 class Moved:
     """What a step did.
 
-    Its kappa [K]; whether it was valid; the change of every parameter by name, without weight decay; the parameters
-    before, where the step may be taken back or its weight decay comes after the loss is looked at.
+    Its kappa [K]; whether it was valid; the change of every parameter by name, without weight decay, where something
+    follows it; the parameters before, where the step may be taken back or its weight decay comes after the loss is
+    looked at.
     """
 
     kappa: Tensor
@@ -138,7 +139,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
         if self.largest_rise is not None:
             at_least_zero("largest_rise", self.largest_rise)
         super().__init__(self._groups(options.get("params")), {"lr": lr, "weight_decay": weight_decay})
-        self._move, self._finish = (Program(part, self.hd.lowering) for part in (self._moved, self._finished))
+        parts = self._moved, self._finished, settle
+        self._move, self._finish, self._settle = (Program(part, self.hd.lowering) for part in parts)
 
     @abstractmethod
     def coefficients(self, value: HyperDual) -> Tensor:
@@ -192,7 +194,11 @@ class ForwardOptimizer(torch.optim.Optimizer):
         state.restore(unless=moved.valid)
         actual = None if replay is None else replay.loss().double() - reference.double()
         finish = self._finish if kappa is None else self._finish.eager
-        record = finish(memories, value, moved, _one_rate(rates), actual, parameters, directions, decays)
+        record, stays = finish(
+            memories, value, moved, _one_rate(rates), actual, directions if self._is_followed() else {}
+        )
+        if moved.before and (decays or stays.device.type != "cpu" or not stays):  # a CPU is asked without waiting
+            self._settle([], stays, parameters, moved.before, moved.changes, decays)
         self._skipped.count(~moved.valid)
         if self.diagnostics:
             self.last_step = record
@@ -229,26 +235,24 @@ class ForwardOptimizer(torch.optim.Optimizer):
     ) -> Moved:
         """Solve for kappa, unless it is given, and step if that leads to finite parameters and all is finite.
 
-        Where it ``keeps`` the parameters of before, the weight decay is left to :meth:`_finished`.
+        Where it ``keeps`` the parameters of before, the weight decay is left to :func:`~fomoh_fx.optim.update.settle`.
         """
         kappa = self._coefficients(value) if kappa is None else kappa
         before = {name: p.clone() for name, p in parameters.items()} if keeps else {}
         needed = [value.primal, value.tangent, kappa, *([] if value.cross is None else [value.cross])]
         stacks = [directions[name] for name in parameters]
         valid, *changes = update(list(parameters.values()), stacks, kappa, rates, decays, needed, not keeps)
-        return Moved(kappa, valid, dict(zip(parameters, changes, strict=True)), before)
+        followed = self._is_followed() or (keeps and decays)
+        return Moved(kappa, valid, dict(zip(parameters, changes, strict=True)) if followed else {}, before)
+
+    def _is_followed(self) -> bool:
+        """Whether anybody may look at what the step did to the parameters."""
+        return self.directions.follows or not is_own(*self.parts())
 
     def _finished(
-        self,
-        value: HyperDual,
-        moved: Moved,
-        rate: Tensor,
-        actual: Tensor | None,
-        parameters: dict[str, Tensor],
-        directions: Proposed,
-        decays: Mapping[int, Tensor],
-    ) -> StepRecord | None:
-        """Take the step back where the loss rose too far, let the weights decay elsewhere, and learn from it."""
+        self, value: HyperDual, moved: Moved, rate: Tensor, actual: Tensor | None, directions: Proposed
+    ) -> tuple[StepRecord | None, Tensor]:
+        """Whether the step stays, which it does not where the loss rose too far; and learn from it."""
         record = self._record(value, moved, rate, actual)
         changes, stays = moved.changes, moved.valid
         if self.largest_rise is not None:
@@ -258,13 +262,10 @@ class ForwardOptimizer(torch.optim.Optimizer):
             record = replace(record, refused=refused)
             self._refused = self._refused.to(refused.device) + refused
             changes = {name: torch.where(stays.to(v.device), v, 0) for name, v in changes.items()}
-        for i, (name, old) in enumerate(moved.before.items()):
-            p, change = parameters[name], moved.changes[name]
-            there = old * (1 - decays[i]) + change if i in decays else p
-            p.copy_(torch.where(stays.to(p.device), there, old))
         self.learn(record)
-        self.directions.observe(directions, changes)
-        return record if self.diagnostics else None
+        if self._is_followed():
+            self.directions.observe(directions, changes)
+        return record if self.diagnostics else None, stays
 
     def _record(self, value: HyperDual, moved: Moved, rate: Tensor, actual: Tensor | None) -> StepRecord:
         curvature = None

@@ -38,6 +38,11 @@ class Directions(ABC):
     remembers: ClassVar[Sequence[str]] = ()  #: what :meth:`observe` reads and assigns
     settings: ClassVar[Sequence[str]] = ()
 
+    @property
+    def follows(self) -> bool:
+        """Whether :meth:`observe` looks at what the step did."""
+        return True
+
     def lower(self, lowering: lower.Lowering) -> None:  # noqa: B027
         """How the steps are lowered; called once, by the optimizer."""
 
@@ -89,6 +94,10 @@ class RandomDirections(Directions):
         self.streams = Streams(seed)
         self.previous_step = previous_step
         self._previous: Stacks = {}
+
+    @property
+    def follows(self) -> bool:
+        return self.previous_step
 
     def lower(self, lowering: lower.Lowering) -> None:
         self.streams.lowered = lower.uses_inductor(lowering)

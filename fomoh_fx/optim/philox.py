@@ -38,10 +38,25 @@ def normals(keys: Tensor, stream: Tensor, count: int, dtype: torch.dtype) -> Ten
         dtype: of a real number; less than 32 bits are rounded from float32.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    low, high = words(keys, torch.arange(count, device=keys.device), stream)
-    both = (low | (high << 32)).view(torch.int32)
+    both = _stored(keys, stream, count)
     bits = 32 if wide == torch.float64 else 24  # as many as are exact
     whole = (both.to(torch.int64) & _WORD) if bits == 32 else (both >> 8) & 0xFFFFFF
     uniform = (whole.to(wide) + 0.5) * 2.0**-bits  # in (0, 1]
     radius, angle = torch.sqrt(-2 * torch.log(uniform[:count])), uniform[count:] * (2 * math.pi)
     return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)]).to(dtype)
+
+
+def signs(keys: Tensor, stream: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """``64 count`` independent signs, one for each bit; arguments as those of :func:`normals`."""
+    bits = torch.arange(32, dtype=torch.int32, device=keys.device)
+    highest = _stored(keys, stream, count).unsqueeze(1) << bits
+    return ((highest >> 31) | 1).to(dtype).flatten()
+
+
+def _stored(keys: Tensor, stream: Tensor, count: int) -> Tensor:
+    """The words of the first ``count`` counters of a stream: int32 [2 count].
+
+    A change of type is one place at which a program stores what it has, and does not compute it for every use.
+    """
+    low, high = words(keys, torch.arange(count, device=keys.device), stream)
+    return (low | (high << 32)).view(torch.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -40,21 +40,30 @@ class Streams:
 
     def normals(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """N(0, 1) of this shape, in the dtype and on the device of ``like``, which is real."""
+        if self._are_lowered(shape, like):
+            return self._lowered(philox.normals, 2, shape, like)
         drawn = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
-        if not self.lowered or drawn.device.type != "cpu" or drawn.numel() < MANY:
-            return drawn.normal_(generator=self(drawn.device))
-        key, stream = torch.randint(2**32, (2,), generator=self(drawn.device)).unbind()
-        pairs = -(-drawn.numel() // 2)
-        both = _compiled_normals()(philox.schedule(key), stream, pairs, drawn.dtype)
-        return both[: drawn.numel()].view(drawn.shape)
+        return drawn.normal_(generator=self(drawn.device))
 
     def signs(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Random signs, likewise: every random byte gives eight of them by a table."""
+        """Random signs, likewise; PyTorch's generator gives bytes, and a table eight signs for each."""
+        if self._are_lowered(shape, like):
+            return self._lowered(philox.signs, 64, shape, like)
         count = torch.Size(shape).numel()
         words = torch.empty(-(-count // 32), dtype=torch.int32, device=like.device)
         octets = words.random_(-(2**31), 2**31, generator=self(like.device)).view(torch.uint8)
         table = _signs_of_bytes(like.dtype, like.device)
         return table.index_select(0, octets.int()).flatten()[:count].reshape(tuple(shape))
+
+    def _are_lowered(self, shape: Sequence[int], like: Tensor) -> bool:
+        return self.lowered and like.device.type == "cpu" and torch.Size(shape).numel() >= MANY
+
+    def _lowered(self, draw: Callable[..., Tensor], each: int, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Numbers by a compiled program, ``each`` of them for a counter."""
+        key, stream = torch.randint(2**32, (2,), generator=self(like.device)).unbind()
+        count = torch.Size(shape).numel()
+        drawn = _compiled(draw)(philox.schedule(key), stream, -(-count // each), like.dtype)
+        return drawn[:count].view(tuple(shape))
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, and the state of each device's generator."""
@@ -77,9 +86,9 @@ class Streams:
 
 
 @cache
-def _compiled_normals() -> Any:
+def _compiled(draw: Callable[..., Tensor]) -> Any:
     """One program for all sizes."""
-    return torch.compile(philox.normals, fullgraph=True, dynamic=True)
+    return torch.compile(draw, fullgraph=True, dynamic=True)
 
 
 @cache

@@ -45,6 +45,28 @@ def update(
     return [valid, *(torch.where(valid.to(change.device), change, 0) for change in moved)]
 
 
+def settle(
+    stays: Tensor,
+    parameters: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    changes: Mapping[str, Tensor],
+    decays: Mapping[int, Tensor],
+) -> None:
+    """Take the step back unless it ``stays``, a 0-dim bool; where it does, let the weights decay.
+
+    Args:
+        stays: whether the parameters are those that the step led to.
+        parameters: by name, changed in place.
+        before: what they were.
+        changes: what the step was, where there are decays.
+        decays: lr decay, 0-dim, by the number of each parameter that decays.
+    """
+    for i, (name, old) in enumerate(before.items()):
+        p = parameters[name]
+        there = old * (1 - decays[i]) + changes[name] if i in decays else p
+        p.copy_(torch.where(stays.to(p.device), there, old))
+
+
 def _combined(kappa: Tensor, v: Tensor | LowRank) -> Tensor:
     """sum_i kappa_i v_i."""
     if isinstance(v, LowRank):

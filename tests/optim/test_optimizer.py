@@ -15,6 +15,7 @@ import fomoh_fx
 from fomoh_fx import lower
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.optim import FGD, FoMoH, FoMoHBP, FoMoHKD
+from fomoh_fx.optim.directions import RandomDirections
 from fomoh_fx.specialization import Specialization
 from tests.optim.problems import ALL, Quadratic, classifier, flat, next_directions, parameters_of
 
@@ -605,3 +606,26 @@ def test_hooks_see_the_whole_state():
     other.register_load_state_dict_pre_hook(translated)
     other.load_state_dict(state)
     assert other.skipped == 5 and other.directions.streams.seed == 0
+
+
+class Watching(RandomDirections):
+    """Directions of a user's own, which look at what steps did though they remember no step."""
+
+    def observe(self, directions, moved):
+        self.seen = {name: change.clone() for name, change in moved.items()}
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("options", [{}, {"largest_rise": None}, {"weight_decay": 0.1}], ids=str)
+def test_directions_of_ones_own_see_what_a_step_did(options, lowered):
+    hd, x, targets = classifier()
+    if lowered:
+        hd.lowering = lambda module, dynamic: lower.eager(module, dynamic)
+    opt = FoMoHKD(hd, seed=0, **options)
+    opt.directions = Watching(3, "normal", seed=0)
+    before = {name: p.detach().clone() for name, p in hd.module.named_parameters()}
+    opt.step(x, targets=targets)
+    kept = 1 - 0.1 * options.get("weight_decay", 0)
+    for name, p in hd.module.named_parameters():
+        torch.testing.assert_close(p.detach(), kept * before[name] + opt.directions.seen[name])
+        assert opt.directions.seen[name].any()

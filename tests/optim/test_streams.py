@@ -55,8 +55,28 @@ def test_places_keys_and_streams_are_independent():
             assert abs(correlation) < 5 / len(base) ** 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_signs_are_the_bits_of_the_words(dtype):
+    keys, stream, count = philox.schedule(torch.tensor(1)), torch.tensor(2), 50
+    low, high = philox.words(keys, torch.arange(count), stream)
+    words = torch.stack([low, high], 1).flatten().tolist()
+    bits = [1 - 2 * (word >> 31 - place & 1) for word in words for place in range(32)]
+    signs = philox.signs(keys, stream, count, dtype)
+    assert signs.dtype == dtype
+    assert signs.tolist() == bits
+
+
+def test_signs_are_independent():
+    """Each bit's mean, and the products of neighbours, words and halves, within 4.5 standard deviations of zero."""
+    signs = philox.signs(philox.schedule(torch.tensor(3)), torch.tensor(4), COUNT // 16, torch.float64)
+    by_place = signs.view(-1, 64).mean(0)
+    assert by_place.abs().max() < 4.5 * (64 / len(signs)) ** 0.5
+    for shift in (1, 2, 31, 32, 64, len(signs) // 2):
+        assert abs((signs * signs.roll(shift)).mean()) < 4.5 / len(signs) ** 0.5
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["normal", "sphere", "low_rank"])
+@pytest.mark.parametrize("sampler", ["normal", "rademacher", "sphere", "low_rank"])
 def test_lowered_streams_resume_and_copies_go_on(sampler):
     parameters = {"large": torch.zeros(301, 211), "small": torch.zeros(5), "double": torch.zeros(3 * MANY).double()}
     streams = Streams(0)
@@ -75,14 +95,15 @@ def test_lowered_streams_resume_and_copies_go_on(sampler):
 
 
 @pytest.mark.slow
-def test_lowered_numbers_are_those_of_the_generator():
+@pytest.mark.parametrize(("kind", "each"), [("normals", 2), ("signs", 64)])
+def test_lowered_numbers_are_those_of_the_generator(kind, each):
     """The program that Inductor makes agrees with the operators one by one, also where the count is odd."""
     streams, other = Streams(0), Streams(0)
     streams.lowered = True
     like = torch.zeros((), dtype=torch.float64)
     for shape in ((MANY + 1,), (3, MANY), (7, 5, 1001)):
-        drawn = streams.normals(shape, like)
+        drawn = getattr(streams, kind)(shape, like)
         key, stream = torch.randint(2**32, (2,), generator=other(like.device)).unbind()
-        expected = philox.normals(philox.schedule(key), stream, -(-drawn.numel() // 2), torch.float64)
+        expected = getattr(philox, kind)(philox.schedule(key), stream, -(-drawn.numel() // each), torch.float64)
         torch.testing.assert_close(drawn, expected[: drawn.numel()].view(shape), rtol=0, atol=1e-12)
         assert drawn.is_contiguous()
