@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.export import Dim
 
 from fomoh_fx.capture import Call
-from fomoh_fx.capture.records import flattened
 from fomoh_fx.errors import ArgumentError
+from fomoh_fx.records import flattened
 from fomoh_fx.seeds import positional_names
 
 Dims = dict[int, Any]

@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.errors import ArgumentError
+from fomoh_fx.records import mapped
 
 SecondOrder = Literal["plane", "diagonal", "trace"] | None
 SECOND_ORDERS = ("plane", "diagonal", "trace", None)
@@ -195,7 +196,7 @@ class HyperDual:
                 f"second_order={components.second_order!r}"
             )
         k = components.directions
-        return pytree.tree_map_only(Tensor, lambda leaf: leaf[_square_positions(k, leaf.device)], self.cross)
+        return mapped(lambda leaf: leaf[_square_positions(k, leaf.device)], self.cross)
 
     # The paper's names for one hyper-dual number (real, eps1, eps2, eps1eps2): one direction twice, or two directions.
 
@@ -208,13 +209,13 @@ class HyperDual:
     def eps1(self) -> Any:
         """The paper's first tangent: direction 0."""
         self._components("eps1", at_most=2)
-        return pytree.tree_map_only(Tensor, lambda leaf: leaf[0], self.tangent)
+        return mapped(lambda leaf: leaf[0], self.tangent)
 
     @property
     def eps2(self) -> Any:
         """The paper's second tangent: direction K - 1 (with K = 1 the same as ``eps1``)."""
         self._components("eps2", at_most=2)
-        return pytree.tree_map_only(Tensor, lambda leaf: leaf[-1], self.tangent)
+        return mapped(lambda leaf: leaf[-1], self.tangent)
 
     @property
     def eps1eps2(self) -> Any:
@@ -224,7 +225,7 @@ class HyperDual:
             raise ArgumentError(f"second_order: eps1eps2 is not held with second_order={components.second_order!r}")
         if components.second_order == "trace":
             return self.cross
-        return pytree.tree_map_only(Tensor, lambda leaf: leaf[components.directions - 1], self.cross)
+        return mapped(lambda leaf: leaf[components.directions - 1], self.cross)
 
     def _components(self, name: str, at_most: int | None = None) -> Components:
         if self.components is None:

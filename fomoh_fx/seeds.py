@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 from fomoh_fx.capture import Call, Input, Program
 from fomoh_fx.capture.hooks import refuse_hooks_of
 from fomoh_fx.capture.reading import are_equal
-from fomoh_fx.capture.records import flattened, opened
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.low_rank import LowRank
 from fomoh_fx.passes.expand import Form
+from fomoh_fx.records import flattened, opened
 
 
 @dataclass(frozen=True)

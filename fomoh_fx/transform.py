@@ -19,7 +19,6 @@ from fomoh_fx.cache import MOST, Cache
 from fomoh_fx.capture import Call, Program, capture
 from fomoh_fx.capture.nested import examples, is_a_part, outside_of_capture, refuse_differentiated
 from fomoh_fx.capture.reading import kind_of
-from fomoh_fx.capture.records import opened
 from fomoh_fx.capture.threads import CAPTURING, is_compiling
 from fomoh_fx.capture.tracing import quiet
 from fomoh_fx.dynamic_shapes import dynamic_dims, must_vary
@@ -29,6 +28,7 @@ from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.low_rank import factors
 from fomoh_fx.passes import pipeline
 from fomoh_fx.passes.data_sizes import ADVICE
+from fomoh_fx.records import opened
 from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, refuse_lazy, selected_parameters
 from fomoh_fx.signature import Signature, argument_kind_of, modes, modules_of, plain_settings, signature_of
 from fomoh_fx.specialization import Evaluation, Specialization, outside_of

@@ -13,7 +13,8 @@ from fomoh_fx.capture.inputs import constant_of
 from fomoh_fx.capture.program import Input, Output, Program
 from fomoh_fx.capture.refusals import refuse_remembered
 from fomoh_fx.capture.root import Root
-from fomoh_fx.capture.state import Keys, structure, written
+from fomoh_fx.capture.state import Keys, written
+from fomoh_fx.containers import structure
 from fomoh_fx.passes.activity import analyse, ancestors, carries_derivative
 from fomoh_fx.passes.dataflow import is_effectful_call
 

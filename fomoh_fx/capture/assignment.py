@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fomoh_fx.capture.state import Keys, follow, is_record, written
+from fomoh_fx.capture.state import Keys, follow, written
+from fomoh_fx.containers import is_record
 from fomoh_fx.errors import CaptureError
 
 #: Tensors that a call has assigned, and the parameter that each was computed from: the derivative ended with the call.

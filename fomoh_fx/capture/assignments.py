@@ -24,10 +24,11 @@ from fomoh_fx.capture.assignment import Assignment, ChangedData, Lost, Same, fil
 from fomoh_fx.capture.in_place import Snapshot
 from fomoh_fx.capture.leaks import has_tensors_behind
 from fomoh_fx.capture.reading import are_equal, is_plain
-from fomoh_fx.capture.records import opened
-from fomoh_fx.capture.state import STANDARD, Keys, children, containers, follow, has_tensors, written
+from fomoh_fx.capture.state import STANDARD, Keys, containers, follow, written
 from fomoh_fx.capture.where import at_attribute
+from fomoh_fx.containers import children, has_tensors
 from fomoh_fx.errors import CaptureError
+from fomoh_fx.records import opened
 
 _MISSING = object()
 _ORDER = ("order",)  # stands for a key

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture.leaks import has_tensors_behind
-from fomoh_fx.capture.records import flattened
-from fomoh_fx.capture.state import children, containers
+from fomoh_fx.capture.state import containers
+from fomoh_fx.containers import children
 from fomoh_fx.errors import CaptureError
+from fomoh_fx.records import flattened
 
 _PARTS = ("args", "kwargs", "targets")
 

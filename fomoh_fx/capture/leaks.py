@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fomoh_fx.capture.assignment import kept_elsewhere
 from fomoh_fx.capture.semantics import is_real
-from fomoh_fx.capture.state import children, is_record, slots_of
+from fomoh_fx.containers import children, is_record, slots_of
 
 _Cache = type(functools.lru_cache(len))
 _Link: Any = getattr(functools, "_lru_list_elem", _Cache)

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from fomoh_fx.capture.assignment import Assignment, ChangedData
 from fomoh_fx.capture.call import Arguments, Structure
 from fomoh_fx.capture.reading import COUNTED, are_equal
-from fomoh_fx.capture.state import Keys, follow, structure
+from fomoh_fx.capture.state import Keys, follow
+from fomoh_fx.containers import structure
 from fomoh_fx.passes.dataflow import draws, graphs_in
 
 _ABSENT = object()

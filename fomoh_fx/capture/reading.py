@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.capture.state import STANDARD, attributes, is_record, tensors_in
+from fomoh_fx.capture.state import STANDARD
+from fomoh_fx.containers import attributes, is_record, tensors_in
 
 _EXACT = {bool, int, str, type(None)}  # equal ones of one type are the same; of floats 0.0 and -0.0 are not
 _SIMPLE = {float, *_EXACT}

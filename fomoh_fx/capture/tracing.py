@@ -21,7 +21,8 @@ from fomoh_fx.capture.averages import cumulative_averages_recorded
 from fomoh_fx.capture.constructors import constructors_recorded
 from fomoh_fx.capture.literals import known_literals
 from fomoh_fx.capture.root import Root
-from fomoh_fx.capture.state import STANDARD, children
+from fomoh_fx.capture.state import STANDARD
+from fomoh_fx.containers import children
 
 aten = torch.ops.aten
 

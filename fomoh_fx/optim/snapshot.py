@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fomoh_fx.capture import Input
 from fomoh_fx.capture.in_place import Snapshot
-from fomoh_fx.capture.state import attributes, containers, is_record
+from fomoh_fx.capture.state import containers
+from fomoh_fx.containers import attributes, is_record
 from fomoh_fx.specialization import Evaluation
 from fomoh_fx.transform import HyperDualModule
 

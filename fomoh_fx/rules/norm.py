@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fomoh_fx import operators  # noqa: F401  defines stop_gradient
 from fomoh_fx.rules.precision import wide
 from fomoh_fx.rules.registry import Composite, register
 
@@ -136,7 +137,9 @@ def _batch_norm_in_training(
 
 
 def _moved(running: Tensor, batch: Tensor, momentum: float) -> Tensor:
-    return (wide(running) * (1 - momentum) + batch * momentum).to(running.dtype)
+    """The running statistic after this batch, of which reverse mode knows no derivative."""
+    moved = (wide(running) * (1 - momentum) + batch * momentum).to(running.dtype)
+    return torch.ops.fomoh_fx.stop_gradient.default(moved)
 
 
 def _batch_norm_functional(

@@ -226,6 +226,26 @@ def test_a_result_that_is_an_object(name):
     ) if name != "distribution" else torch.testing.assert_close(found.loc, expected.loc.detach())
 
 
+def tensors_of(result):
+    own = vars(result) if hasattr(result, "__dict__") else {"x": getattr(result, "x", None)}
+    inside = [*result.values()] if isinstance(result, dict) else result if isinstance(result, list) else own.values()
+    return [x for x in inside if isinstance(x, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", [name for name in RESULTS if name != "distribution"])
+def test_the_plane_of_a_result_that_is_an_object(name):
+    """As that of the same numbers in a tuple, by every name that a component has."""
+    x, stacks = torch.ones(1, 2, dtype=D), torch.randn(2, 2, dtype=D)
+    model = Calls(lambda layer, x: RESULTS[name](layer(x).square().sum(0)))
+    plain = Calls(lambda layer, x: (layer(x).square().sum(0),))
+    plain.load_state_dict(model.state_dict())
+    found, expected = (fomoh_fx.transform(m)(x, tangents={"layer.bias": stacks}) for m in (model, plain))
+    for part in (lambda v: v.hessian(), lambda v: v.eps1, lambda v: v.eps2, lambda v: v.eps1eps2):
+        assert type(part(found)) is type(RESULTS[name](x))
+        for ours, theirs in zip(tensors_of(part(found)), part(expected), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_an_output_that_the_loss_takes_apart():
     model = Calls(lambda layer, x: Categorical(logits=layer(x)))
     hd = fomoh_fx.transform(model, lambda policy, action: -policy.log_prob(action).mean())

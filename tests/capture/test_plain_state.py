@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fomoh_fx
-from fomoh_fx.capture.state import has_tensors
+from fomoh_fx.containers import has_tensors
 from fomoh_fx.errors import CaptureError
 from tests.oracle import reverse_over_reverse
 

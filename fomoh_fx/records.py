@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fomoh_fx.capture.state import attributes, has_tensors, is_record
+from fomoh_fx.containers import attributes, has_tensors, is_record
 
 _PLAIN = (bool, int, float, str, type(None))
 _BASES: tuple[Any, ...] = (OrderedDict, defaultdict, dict, list, tuple)
@@ -54,6 +54,12 @@ def flattened(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
     if all(isinstance(leaf, Tensor) or type(leaf) in _PLAIN for leaf in leaves):
         return leaves, spec
     return pytree.tree_flatten(opened(value))
+
+
+def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """The value with something else for each of its tensors, in objects too."""
+    leaves, spec = flattened(value)
+    return pytree.tree_unflatten([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
 
 def _parts(record: Record) -> tuple[list[Any], tuple[type, tuple[str, ...], Any]]:
