@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -71,14 +70,11 @@ class _Eager:
     """The key of `_PAIRS` outside any trace."""
 
 
-@lru_cache(maxsize=256)
 def _square_positions(directions: int, device: torch.device) -> Tensor:
-    """The number of the plane component (i, j) at [i, j] and [j, i]."""
-    with unset_fake_temporarily(), disable_proxy_modes_tracing():
-        rows, columns = torch.triu_indices(directions, directions)
-        position = torch.zeros(directions, directions, dtype=torch.int64)
-        position[rows, columns] = position[columns, rows] = torch.arange(len(rows))
-        return position.to(device)
+    """The number of the plane component (i, j) at [i, j] and [j, i]; made anew, for captured models too."""
+    number = torch.arange(directions, device=device)
+    low, high = torch.minimum(number[:, None], number), torch.maximum(number[:, None], number)
+    return low * (2 * directions - 1 - low) // 2 + high
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,9 @@ def opened(value: Any, is_leaf: Callable[[Any], bool] | None = None, within: fro
         inside = within | {id(leaf)}
         own = attributes(leaf) if hasattr(leaf, "__dict__") or base is None else {}
         items = None if base is None else dict(leaf) if issubclass(base, dict) else (list, tuple)[base is tuple](leaf)
+        factory = leaf.default_factory if isinstance(leaf, defaultdict) else None
         parts = {name: opened(x, is_leaf, inside) for name, x in own.items()}
-        return Record(type(leaf), parts, opened(items, is_leaf, inside), getattr(leaf, "default_factory", None))
+        return Record(type(leaf), parts, opened(items, is_leaf, inside), factory)
 
     return pytree.tree_map(open_one, value, is_leaf=is_leaf)
 

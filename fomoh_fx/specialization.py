@@ -17,9 +17,10 @@ from fomoh_fx.capture.assignment import COMPUTED_FROM
 from fomoh_fx.capture.call import Arguments
 from fomoh_fx.capture.draws import same_graph
 from fomoh_fx.capture.layouts import has_its_layouts
-from fomoh_fx.capture.nested import is_a_part
+from fomoh_fx.capture.nested import Part, is_a_part
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.reading import Reader, Reading, kind_of, unusual_strides_of
+from fomoh_fx.errors import CaptureError
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.low_rank import factors
 from fomoh_fx.lower import Lowering
@@ -169,7 +170,7 @@ class Specialization:
         """
         inputs = [what.value(tensors) for what in self.program.inputs]
         refuse_overlaps(self.program, inputs)
-        run, gradients = (self.compiled.final, nullcontext()) if is_a_part() else (self.run, torch.no_grad())
+        run, gradients = (Part(self.compiled.final).run, nullcontext()) if is_a_part() else (self.run, torch.no_grad())
         with gradients, without_autocast():
             flat = run(*inputs, *tangents)
             return self.result(flat, tensors, given)
@@ -195,8 +196,17 @@ class Specialization:
         if self.with_loss:
             loss, output = primal
             return self._dual(loss, tangent[0], cross[0], output)
-        none = lambda _: None  # noqa: E731  a leaf without derivative
-        return self._dual(primal, rebuild(tangent, none), rebuild(cross, none))
+        return self._dual(primal, self._like_the_result(tangent), self._like_the_result(cross))
+
+    def _like_the_result(self, parts: Sequence[Tensor | None]) -> Any:
+        """Components in the structure of the result, None for what has none."""
+        try:
+            return self.program.structure.rebuild(parts, lambda _: None)
+        except Exception as error:
+            raise CaptureError(
+                f"model: what it returns cannot be made of derivatives, with None for what has none "
+                f"({type(error).__name__}: {error}); return its tensors in a tuple or a dictionary"
+            ) from error
 
     def _dual(self, primal: Any, tangent: Any, cross: Any, output: Any = None) -> HyperDual:
         """The result, of what was asked for."""

@@ -68,11 +68,11 @@ def _is_whole(x: Tensor) -> bool:
     return not x.is_floating_point()
 
 
-def _literal(x: Tensor) -> Tensor:
+def literal(x: Tensor) -> Tensor:
     """The same values written out: a frontend knows those."""
-    with unset_fake_temporarily(), disable_proxy_modes_tracing():
-        values = x.tolist()
-    return torch.tensor(values, dtype=x.dtype, device=x.device)
+    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+        values, dtype, device = x.tolist(), x.dtype, x.device
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _known(x: Any) -> Any:
@@ -125,7 +125,7 @@ class AsConstants(TorchFunctionMode):
 
     def _made(self, name: str) -> Tensor:
         assert self.values is not None
-        constant = _literal(self.values[name])
+        constant = literal(self.values[name])
         self.put[name] = constant, constant._version
         return constant
 
@@ -181,7 +181,7 @@ class AsConstants(TorchFunctionMode):
                 with unset_fake_temporarily(), disable_proxy_modes_tracing():
                     made = func(*known[0], **known[1])
                 if isinstance(made, Tensor) and _is_small(made):
-                    return _literal(made)
+                    return literal(made)
         return func(*args, **kwargs)
 
 

@@ -11,13 +11,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._C._functorch import TransformType, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fomoh_fx.capture.constants import literal
 from fomoh_fx.capture.threads import is_capturing
 from fomoh_fx.errors import ArgumentError
 
@@ -25,6 +26,17 @@ from fomoh_fx.errors import ArgumentError
 def is_a_part() -> bool:
     """Whether this runs inside a model that is captured, or inside a transform of ``torch.func``."""
     return is_capturing() or torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+
+
+class Part(fx.Interpreter):
+    """Runs a graph as a part of a model that is captured.
+
+    Its constants are written out: of a function that the model transforms at every call they are new tensors each time.
+    """
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return literal(value) if type(value) is Tensor and is_capturing() else value
 
 
 def refuse_differentiated(tree: Any) -> None:

@@ -254,6 +254,25 @@ def test_an_output_that_the_loss_takes_apart():
     torch.testing.assert_close(out.output.logits, model(x).logits.detach())
 
 
+def test_a_result_that_derivatives_cannot_make_is_refused():
+    pack = nn.utils.rnn.pack_padded_sequence
+    model = Calls(lambda layer, x: pack(layer(x)[None], [1], batch_first=True))
+    with pytest.raises(CaptureError, match="cannot be made of derivatives.*return its tensors in a tuple"):
+        fomoh_fx.transform(model)(torch.ones(1, 2, dtype=D), tangents={"layer.bias": torch.ones(1, 2, dtype=D)})
+
+
+class Attributes(collections.OrderedDict):
+    def __getattr__(self, name):
+        return self[name]
+
+
+def test_a_dictionary_whose_attributes_are_its_keys():
+    model = Calls(lambda layer, x: Attributes(y=layer(x)))
+    found = fomoh_fx.transform(model)(torch.ones(1, 2, dtype=D), tangents={"layer.bias": torch.ones(1, 2, dtype=D)})
+    assert type(found.tangent) is Attributes
+    assert torch.equal(found.tangent.y, torch.ones(1, 1, 2, dtype=D))
+
+
 @pytest.mark.parametrize("make", [lambda h: {h}, lambda h: lambda: h], ids=["set", "function"])
 def test_a_tensor_in_what_no_call_can_make_is_refused(make):
     model = Calls(lambda layer, x: (layer(x).sum(), make(layer(x))))

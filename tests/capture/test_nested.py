@@ -126,3 +126,35 @@ def test_what_values_of_an_argument_decide_is_refused_inside():
 
     with pytest.raises(CaptureError, match="values of an argument decide"):
         fomoh_fx.transform(model, wrt="inputs")(r(3), torch.tensor([0, 1]), tangents=(r(1, 3), None))
+
+
+@pytest.mark.parametrize("outer", ["grad", "hessian", "hessian_diagonal", "laplacian"])
+@pytest.mark.parametrize("inner", ["grad", "hessian", "hessian_diagonal", "laplacian"])
+def test_an_operator_that_the_model_makes_at_every_call(inner, outer):
+    """In an order in which what one leaves behind would reach the next."""
+    x = r(3)
+    theirs = {
+        "grad": grad,
+        "hessian": hessian,
+        "hessian_diagonal": lambda f: lambda x: hessian(f)(x).diagonal(),
+        "laplacian": trace_of_hessian,
+    }
+
+    def total(operators, name):
+        return lambda y: operators[name](potential)(y).square().sum()
+
+    ours = {name: getattr(fomoh_fx, name) for name in theirs}
+    torch.testing.assert_close(ours[outer](total(ours, inner))(x), theirs[outer](total(theirs, inner))(x))
+
+
+def test_a_plane_is_asked_for_inside():
+    """Its matrix is made of numbers that no other capture may find changed."""
+    x = r(3)
+
+    def inside(y):
+        return fomoh_fx.transform(potential, wrt="inputs")(y, tangents=(torch.eye(3, dtype=y.dtype),)).hessian()
+
+    torch.testing.assert_close(
+        fomoh_fx.grad(lambda y: inside(y).sin().sum())(x), grad(lambda y: hessian(potential)(y).sin().sum())(x)
+    )
+    torch.testing.assert_close(fomoh_fx.hessian(potential)(x), hessian(potential)(x))
