@@ -37,7 +37,7 @@ from fomoh_fx.passes.layouts import settle
 from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
 from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.passes.simplify import simplify
-from fomoh_fx.passes.sites import Point, find_points, reductions
+from fomoh_fx.passes.sites import Point, find_points, lost_ways, reductions
 from fomoh_fx.passes.verify import verify
 from fomoh_fx.seeds import Seeds
 from fomoh_fx.signature import signature_of
@@ -213,11 +213,16 @@ class ActivityGradient:
             raise ArgumentError(
                 "loss: its last step must be a sum or a mean over samples, so that every sample has a loss of its own"
             )
+        if any(values[n].numel() == 0 for n in losses):  # no sample tells anything
+            return Plan(None, [], losses, loss, [])
         points = find_points(module.graph, parameters, data, loss)
         reached = list(dict.fromkeys(n for p in points for n in p.parameters))
-        missing = [n for n in parameters if n not in reached]
-        if missing:
-            _warn_of_missing(missing, reached)
+        names = {n: what.name for n, what in zip(inputs, program.inputs, strict=True)}
+        if missing := [names[n] for n in parameters if n not in reached]:
+            _warn_of_missing(missing, bool(reached))
+        lost = lost_ways(module.graph, parameters, data, loss)
+        if partly := {names[n]: node for n, node in lost.items() if n in reached}:
+            _warn_of_lost(partly)
         output = self._output(module, values, losses, [results[i] for i in at[1:]], points)
         perturbed = [self._perturbed(module, values, losses, p, output) for p in points]
         return Plan(output, perturbed, losses, loss, [n for n in parameters if n in reached])
@@ -297,15 +302,26 @@ def _numel(sizes: Sequence[int]) -> int:
     return total
 
 
-def _warn_of_missing(missing: Sequence[fx.Node], reached: Sequence[fx.Node]) -> None:
-    names = ", ".join(n.name for n in missing)
-    if not reached:
+def _warn_of_missing(missing: Sequence[str], is_any_reached: bool) -> None:
+    names = ", ".join(missing)
+    if not is_any_reached:
         raise ArgumentError(
             f"model: none of the parameters ({names}) acts on values of separate samples through an operator whose "
             "transpose is known (linear, convolution, embedding, products and sums); use another sampler"
         )
     warnings.warn(
-        f"no gradient is guessed for {names}: they act through operators whose transposes are not known", stacklevel=9
+        f"no gradient is guessed for {names}, which act through operators whose transposes are not known, or not at "
+        "all on this loss",
+        stacklevel=10,
+    )
+
+
+def _warn_of_lost(partly: Mapping[str, fx.Node]) -> None:
+    places = ", ".join(f"{name} ({provenance.of(node).source or node.name})" for name, node in partly.items())
+    warnings.warn(
+        f"the guessed gradient leaves out how parameters act elsewhere, through operators whose transposes are not "
+        f"known: {places}",
+        stacklevel=10,
     )
 
 
@@ -313,5 +329,5 @@ def _warn_of_interaction(node: fx.Node) -> None:
     warnings.warn(
         f"samples of a batch act on each other's losses (batch normalisation in training mode does that) behind "
         f"{provenance.of(node).source or node.name}: the guess leaves this out, so it is only approximate",
-        stacklevel=9,
+        stacklevel=12,
     )

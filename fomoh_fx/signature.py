@@ -51,11 +51,12 @@ def argument_kind_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def modes() -> list[Any]:
-    """What changes what every model does: the default dtype, autocast, hooks of all modules; Dynamo reads this.
+    """What changes what every model does: the default dtype, autocast, determinism, hooks of all modules.
 
-    Capture depends neither on the caller's grad mode nor on flags of backends, which kernels read when they run.
+    Dynamo reads this. Capture depends neither on the caller's grad mode nor on flags of backends, which kernels read
+    when they run.
     """
-    found: list[Any] = [torch.get_default_dtype()]
+    found: list[Any] = [torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()]
     for device in ("cpu", "cuda"):
         enabled = torch.is_autocast_enabled(device)
         found += [enabled, torch.get_autocast_dtype(device) if enabled else None]

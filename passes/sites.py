@@ -60,6 +60,21 @@ def find_points(graph: fx.Graph, parameters: Sequence[fx.Node], data: Sequence[f
     return sorted(found.values(), key=lambda p: order[p.node], reverse=True)
 
 
+def lost_ways(
+    graph: fx.Graph, parameters: Sequence[fx.Node], data: Sequence[fx.Node], loss: fx.Node
+) -> dict[fx.Node, fx.Node]:
+    """The parameters that also act in a way that no point has the gradient of, and a node where that is so."""
+    active = analyse(graph, parameters, [loss]).active
+    sampled = descendants(graph, data)
+    found: dict[fx.Node, fx.Node] = {}
+    for parameter in parameters:
+        before = {parameter, *descendants(graph, [parameter])} & (set(active) - set(sampled))
+        lost = (user for node in before for user in node.users if user in active and not leads(user, node))
+        if (first := next(lost, None)) is not None:
+            found[parameter] = first
+    return found
+
+
 def _ways(
     parameter: fx.Node, active: Collection[fx.Node], sampled: Collection[fx.Node]
 ) -> Iterator[tuple[fx.Node, list[Edge]]]:

@@ -29,6 +29,8 @@ class Asking(nn.Module):
             y = y.sin()
         if x.requires_grad:
             y = y * 2
+        if torch.are_deterministic_algorithms_enabled():
+            y = y * 5
         return (y * torch.tensor([1 / 3, 1, 1])).sum()
 
 
@@ -58,7 +60,11 @@ def other_dtype(model):
     return changed(torch.get_default_dtype, torch.set_default_dtype, torch.float64)
 
 
-CHANGES = [frozen, scaled, hooked, other_dtype]
+def deterministic(model):
+    return changed(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True)
+
+
+CHANGES = [frozen, scaled, hooked, other_dtype, deterministic]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -84,7 +90,7 @@ def test_a_change_of_a_module_that_a_function_refers_to(change):
                 torch.testing.assert_close(asked.primal, model(X.clone().requires_grad_()).detach(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("change", [frozen, scaled, other_dtype])
+@pytest.mark.parametrize("change", [frozen, scaled, other_dtype, deterministic])
 def test_torch_compile_notices_it(change):
     model = Asking().double()
     hd = fomoh_fx.transform(model)
@@ -130,11 +136,10 @@ def test_what_factories_make_is_on_the_default_device():
 @pytest.mark.parametrize(
     "get, put, value",
     [
-        (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
         (torch.is_grad_enabled, torch._C._set_grad_enabled, False),
         (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False),
     ],
-    ids=["deterministic", "grad mode", "cudnn"],
+    ids=["grad mode", "cudnn"],
 )
 def test_what_changes_no_graph_is_not_captured_again(get, put, value):
     hd = fomoh_fx.transform(nn.Linear(3, 1).double())

@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fomoh_fx.errors import ArgumentError
+from fomoh_fx.optim.checks import at_least_zero
+
 
 class AdaptiveSolver(ABC):
     """A solver that is told what its steps did. ``caution`` names the one number that it adapts.
@@ -42,6 +45,21 @@ class AdaptiveSolver(ABC):
         setattr(self, self.caution, torch.as_tensor(state[self.caution]))
 
 
+def started(name: str, value: float, least: float, most: float) -> Tensor:
+    """The number that adapts, at the start.
+
+    Raises:
+        ArgumentError: it or its bounds are no finite numbers above zero, or it is not between them.
+    """
+    for what, number in (("least", least), ("most", most), (name, value)):
+        at_least_zero(what, number)
+    if not 0 < least <= value <= most:
+        raise ArgumentError(
+            f"{name}: expected a number between least={least!r}, which is above 0, and most={most!r}, got {value!r}"
+        )
+    return torch.tensor(float(value), dtype=torch.float64)
+
+
 def quality(actual: Tensor, predicted: Tensor) -> Tensor:
     """actual / predicted: 1 for a perfect prediction, NaN where no decrease was predicted."""
     return torch.where(predicted < 0, actual / predicted, torch.nan)
@@ -57,6 +75,9 @@ class LevenbergMarquardt(AdaptiveSolver):
         damping: at the start.
         growth, decay: the factors by which it grows and shrinks.
         least, most: its bounds.
+
+    Raises:
+        ArgumentError: these are not 0 < least <= damping <= most, growth >= 1 and 0 < decay <= 1, all of them finite.
     """
 
     caution = "damping"
@@ -65,7 +86,11 @@ class LevenbergMarquardt(AdaptiveSolver):
     def __init__(
         self, damping: float = 0.1, growth: float = 4.0, decay: float = 0.7, least: float = 1e-4, most: float = 1e4
     ) -> None:
-        self.damping = torch.tensor(damping, dtype=torch.float64)
+        self.damping = started("damping", damping, least, most)
+        at_least_zero("growth", growth)
+        at_least_zero("decay", decay)
+        if growth < 1 or not 0 < decay <= 1:
+            raise ArgumentError(f"growth, decay: expected growth >= 1 and 0 < decay <= 1, got {growth!r} and {decay!r}")
         self.growth, self.decay, self.least, self.most = growth, decay, least, most
 
     def __call__(self, g: Tensor, h: Tensor) -> Tensor:

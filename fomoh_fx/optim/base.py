@@ -8,12 +8,10 @@ g_i = v_i . grad f and the curvatures v_i^T H v_j.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Real
 from types import FunctionType
 from typing import Any, ClassVar, TypedDict, Unpack
 
@@ -24,6 +22,7 @@ from torch.utils import _pytree as pytree
 from fomoh_fx import lower
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.hyperdual import HyperDual, SecondOrder
+from fomoh_fx.optim.checks import at_least_zero
 from fomoh_fx.optim.directions import Batch, Directions
 from fomoh_fx.optim.program import Program, is_own
 from fomoh_fx.optim.record import StepRecord
@@ -387,6 +386,11 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
         return {name: value for name, value in self.__dict__.items() if not is_left(name)}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """PyTorch calls this for states that are loaded, too, and gives all groups an option of its own optimizers."""
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)
+
     def _trained(self) -> dict[str, nn.Parameter]:
         """The parameters that move, by name."""
         self._rename()
@@ -501,10 +505,3 @@ def _one_rate(rates: Sequence[Tensor]) -> Tensor:
     for rate in others:
         first = torch.where(rate == first, first, torch.nan)
     return first
-
-
-def at_least_zero(name: str, value: Any) -> None:
-    """Raise an ArgumentError that begins with ``name`` unless the value is a finite number of at least zero."""
-    is_number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
-    if not is_number or not 0 <= value < math.inf:
-        raise ArgumentError(f"{name}: expected a finite number of at least 0, got {value!r}")

@@ -81,7 +81,7 @@ class RandomDirections(Directions):
     ) -> None:
         if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
             raise ArgumentError(f"directions: expected a number of at least 1, got {count!r}")
-        if not callable(sampler) and sampler not in SAMPLERS:
+        if not callable(sampler) and (not isinstance(sampler, str) or sampler not in SAMPLERS):
             known = f'{tuple(SAMPLERS)}, of FoMoHKD also "activity",'
             raise ArgumentError(f"sampler: expected one of {known} or a function, got {sampler!r}")
         if previous_step and count == 1:

@@ -7,7 +7,8 @@ from typing import Unpack
 from torch import Tensor
 
 from fomoh_fx.hyperdual import HyperDual
-from fomoh_fx.optim.base import ForwardOptimizer, Options, at_least_zero
+from fomoh_fx.optim.base import ForwardOptimizer, Options
+from fomoh_fx.optim.checks import at_least_zero
 from fomoh_fx.optim.fomoh import line_search
 from fomoh_fx.optim.gradient import GradientDirections
 from fomoh_fx.transform import HyperDualModule

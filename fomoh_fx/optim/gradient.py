@@ -32,7 +32,11 @@ class GradientDirections(Directions):
             loss = self.hd.model(*batch.args, **batch.kwargs)
             if self.hd.loss is not None:
                 loss = self.hd.loss(loss, *(batch.targets or ()))
-            gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+            trained = list(parameters.values())
+            if loss.requires_grad:
+                gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
+            else:  # it depends on none of them
+                gradients = tuple(map(torch.zeros_like, trained))
         state.restore()
         found = {name: g.detach().unsqueeze(0) for name, g in zip(parameters, gradients, strict=True)}
         return scaled(found, unit_scale(found))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fomoh_fx.optim.adaptive import AdaptiveSolver, quality
+from fomoh_fx.optim.adaptive import AdaptiveSolver, quality, started
 
 #: How often the interval that holds the damping is cut, and into how many parts: float64 has no more digits.
 CUTS, PARTS = 11, 64
@@ -27,13 +27,16 @@ class TrustRegion(AdaptiveSolver):
     Args:
         radius: at the start.
         least, most: its bounds.
+
+    Raises:
+        ArgumentError: these are not 0 < least <= radius <= most, all of them finite.
     """
 
     caution = "radius"
     remembers = ("radius", "damping", "_reached")
 
     def __init__(self, radius: float = 0.1, least: float = 1e-12, most: float = 1e3) -> None:
-        self.radius = torch.tensor(radius, dtype=torch.float64)
+        self.radius = started("radius", radius, least, most)
         self.least, self.most = least, most
         self.damping = torch.zeros((), dtype=torch.float64)
         self._reached = torch.zeros((), dtype=torch.bool)

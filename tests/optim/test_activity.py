@@ -209,6 +209,34 @@ def test_interacting_samples_are_reported():
     torch.testing.assert_close(guess.gradients, true_gradient(model, cross_entropy, x, y))
 
 
+class _ActsElsewhere(nn.Module):
+    """Scales by its own weight what the weight makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(7, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        scale = self.first.weight.norm()
+        return self.last(torch.tanh(self.first(x) / scale))
+
+
+def test_a_part_that_is_left_out_is_said():
+    x, y = torch.randn(6, 7), torch.randint(0, 3, (6,))
+    with pytest.warns(UserWarning, match=r"leaves out .*: first\.weight \(.*scale = self\.first\.weight\.norm"):
+        FoMoHKD(fomoh_fx.transform(_ActsElsewhere(), cross_entropy), sampler="activity").step(x, targets=(y,))
+
+
+def test_an_empty_batch_is_skipped():
+    model = nn.Sequential(nn.Linear(7, 3))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = FoMoHKD(fomoh_fx.transform(model, cross_entropy), sampler="activity")
+    with pytest.warns(UserWarning, match="a step was skipped"):
+        optimizer.step(torch.randn(0, 7), targets=(torch.randint(0, 3, (0,)),))
+    assert optimizer.skipped == 1
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_what_cannot_be_guessed_is_said():
     x, y = torch.randn(6, 7), torch.randint(0, 3, (6,))
     with pytest.raises(ArgumentError, match="^hd: guessing from activities needs the loss"):

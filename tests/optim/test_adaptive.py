@@ -1,10 +1,13 @@
 """Solvers that adapt: the minimum within a trust region, damping, and what they learn from the steps."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import fomoh_fx
+from fomoh_fx.errors import ArgumentError
 from fomoh_fx.optim import FoMoHKD, LevenbergMarquardt, Newton, TrustRegion
 from tests.optim.problems import Rosenbrock
 from tests.optim.test_solvers import plane, r
@@ -180,3 +183,22 @@ def test_what_a_solver_learned_is_resumed(solver):
     resumed.load_state_dict(state)
     assert [float(resumed.step()) for _ in range(6)] == expected
     assert resumed.refused == opt.refused
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: TrustRegion(0.0), "radius"),
+        (lambda: TrustRegion(-1.0), "radius"),
+        (lambda: TrustRegion(math.nan), "radius"),
+        (lambda: TrustRegion(least=1.0, most=0.1), "radius"),
+        (lambda: LevenbergMarquardt(math.nan), "damping"),
+        (lambda: LevenbergMarquardt("a"), "damping"),
+        (lambda: LevenbergMarquardt(most=math.inf), "most"),
+        (lambda: LevenbergMarquardt(growth=0.5), "growth, decay"),
+        (lambda: LevenbergMarquardt(decay=0.0), "growth, decay"),
+    ],
+)
+def test_numbers_that_cannot_adapt_are_refused(make, name):
+    with pytest.raises(ArgumentError, match=f"^{name}: expected"):
+        make()

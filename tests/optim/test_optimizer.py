@@ -545,6 +545,30 @@ def test_seeds_that_are_none(seed):
         FoMoHKD(fomoh_fx.transform(model, nn.functional.mse_loss), seed=seed)
 
 
+@pytest.mark.parametrize("optimizer", ALL)
+@pytest.mark.parametrize("copied", [lambda o: o, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_state_is_loaded_again_and_again(optimizer, copied):
+    """As when a run goes back to a checkpoint, also into a copy."""
+    hd, x, targets = classifier()
+    opt = copied(optimizer(hd))
+    opt.step(x, targets=targets)
+    state = copy.deepcopy(opt.state_dict())
+    for _ in range(3):
+        opt.step(x, targets=targets)
+        opt.load_state_dict(state)
+        assert str(opt.state_dict()) == str(state)
+    assert all(group.keys() == opt.param_groups[0].keys() for group in opt.param_groups)
+
+
+@pytest.mark.parametrize("optimizer", ALL)
+def test_a_loss_that_depends_on_no_parameter(optimizer):
+    model = nn.Linear(3, 2)
+    before = copy.deepcopy(model.state_dict())
+    opt = optimizer(fomoh_fx.transform(model, lambda y, target: (y.detach() - target).square().mean()))
+    assert opt.step(torch.ones(4, 3), targets=(torch.ones(4, 2),)).isfinite()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_states_of_others_are_refused():
     """And leave the optimizer as it was."""
 
