@@ -246,7 +246,8 @@ class ActivityGradient:
     ) -> Perturbed:
         if output is not None and point.node is output.point.node:
             return output
-        grouping = _grouping(module, values, losses, point.node)
+        placed = ((p, _grouping(module, values, losses, p.node)) for p in (point, *point.in_other_layouts()))
+        point, grouping = next(((p, g) for p, g in placed if g is not None), (point, None))
         interacting = grouping is None
         if grouping is None:
             grouping = _coarsest(values, losses, point.node)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
@@ -29,13 +29,20 @@ Edge = tuple[fx.Node, fx.Node]  # a value, and the argument of its operator that
 class Point:
     """A value at which a gradient is guessed, and the way back from it to its parameters, as edges of the graph.
 
-    ``sites`` are the values where the parameters act: the first on each way that differ from sample to sample.
+    ``sites`` are the values where the parameters act: the first on each way that differ from sample to sample. The
+    edges ``onwards`` lead from the value through other layouts of it.
     """
 
     node: fx.Node
     edges: set[Edge] = field(default_factory=set)
     parameters: dict[fx.Node, None] = field(default_factory=dict)
     sites: dict[fx.Node, None] = field(default_factory=dict)
+    onwards: list[Edge] = field(default_factory=list)
+
+    def in_other_layouts(self) -> Iterator[Point]:
+        """The same point, placed further on."""
+        for i, (node, _) in enumerate(self.onwards):
+            yield replace(self, node=node, edges=self.edges | set(self.onwards[: i + 1]), onwards=[])
 
 
 def find_points(graph: fx.Graph, parameters: Sequence[fx.Node], data: Sequence[fx.Node], loss: fx.Node) -> list[Point]:
@@ -51,8 +58,8 @@ def find_points(graph: fx.Graph, parameters: Sequence[fx.Node], data: Sequence[f
     sampled = descendants(graph, data)
     found: dict[fx.Node, Point] = {}
     for parameter in parameters:
-        for end, edges in _ways(parameter, active, sampled):
-            point = found.setdefault(end, Point(end))
+        for end, edges, onwards in _ways(parameter, active, sampled):
+            point = found.setdefault(end, Point(end, onwards=onwards))
             point.edges.update(edges)
             point.parameters[parameter] = None
             point.sites[next((user for user, _ in edges if user in sampled), end)] = None
@@ -77,17 +84,19 @@ def lost_ways(
 
 def _ways(
     parameter: fx.Node, active: Collection[fx.Node], sampled: Collection[fx.Node]
-) -> Iterator[tuple[fx.Node, list[Edge]]]:
-    """Every way from a parameter to a point."""
+) -> Iterator[tuple[fx.Node, list[Edge], list[Edge]]]:
+    """Every way from a parameter to a point, and the edges behind the point that only change its layout."""
     pending: list[tuple[fx.Node, list[Edge]]] = [(parameter, [])]
     while pending:
         node, way = pending.pop()
         users = [u for u in node.users if u in active]
         if node in sampled and (len(users) != 1 or not _passes(users[0], node)):
+            onwards: list[Edge] = []
             while way and way[-1][0] is node and node.target in LAYOUT:  # samples are easier to tell before it
+                onwards.insert(0, way[-1])
                 node, way = way[-1][1], way[:-1]
             if isinstance(node.meta.get("val"), Tensor):
-                yield node, way
+                yield node, way, onwards
             continue
         for user in users:
             if node in sampled or leads(user, node):

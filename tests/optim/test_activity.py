@@ -209,6 +209,29 @@ def test_interacting_samples_are_reported():
     torch.testing.assert_close(guess.gradients, true_gradient(model, cross_entropy, x, y))
 
 
+class _Attends(nn.Module):
+    """Attention that has places before samples inside, whose mean over places the loss sees."""
+
+    def __init__(self, mean_first):
+        super().__init__()
+        self.mean_first = mean_first
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        h = self.first(x)
+        h = self.attention(h, h, h, need_weights=False)[0]
+        return self.last(h.mean(1)) if self.mean_first else self.last(h).mean(1)
+
+
+@pytest.mark.parametrize("mean_first", [True, False])
+def test_samples_are_told_apart_in_another_layout(mean_first):
+    model = _Attends(mean_first).double()
+    x, y = torch.randn(12, 5, 6).double(), torch.randint(0, 3, (12,))
+    gradient = ActivityGradient(fomoh_fx.transform(model, cross_entropy), exact=10**6)
+    torch.testing.assert_close(guessed(gradient, model, x, y).gradients, true_gradient(model, cross_entropy, x, y))
+
+
 class _ActsElsewhere(nn.Module):
     """Scales by its own weight what the weight makes."""
 
@@ -223,7 +246,7 @@ class _ActsElsewhere(nn.Module):
 
 def test_a_part_that_is_left_out_is_said():
     x, y = torch.randn(6, 7), torch.randint(0, 3, (6,))
-    with pytest.warns(UserWarning, match=r"leaves out .*: first\.weight \(.*scale = self\.first\.weight\.norm"):
+    with pytest.warns(UserWarning, match=r"leaves out .*: first\.weight \(test_activity\.py:"):
         FoMoHKD(fomoh_fx.transform(_ActsElsewhere(), cross_entropy), sampler="activity").step(x, targets=(y,))
 
 
