@@ -82,12 +82,12 @@ class ActivityDirections(RandomDirections):
         """Zeros where nothing is remembered yet; the rest follows parameters that got another dtype."""
         self.guesses = self.guesses.to(guess.loss.device, non_blocking=True)
         for name, p in parameters.items():
-            for remembered in (self.averages, self.squares, self._previous):
-                remembered[name] = _like(p, remembered.get(name))
+            self._previous[name] = _like(p, self._previous.get(name))
+            for remembered in (self.averages, self.squares):
+                remembered[name] = _like(_wide(p), remembered.get(name))
         for name, far in guess.far.items():
-            wide = far.new_empty(2, dtype=torch.promote_types(far.dtype, torch.float32))
             self.far[name] = _like(far, self.far.get(name))
-            self.agreement[name] = _like(wide, self.agreement.get(name))
+            self.agreement[name] = _like(_wide(far.new_empty(2)), self.agreement.get(name))
         for name, fit in guess.fits.items():
             self.feedback[name] = _like(fit.cross, self.feedback.get(name))
 
@@ -96,12 +96,13 @@ class ActivityDirections(RandomDirections):
         self._average(parameters, guess)
         for name, fit in guess.fits.items():
             self.feedback[name] = _corrected(self.feedback[name], fit)
-        fresh = self._adapted({name: -self._newest(guess, name, p) for name, p in parameters.items()})
+        newest = {name: self._newest(guess, name, p).to(self.averages[name]) for name, p in parameters.items()}
+        fresh = self._adapted({name: -g for name, g in newest.items()})
         before = {name: torch.where(self.guesses > 1, self._previous[name], v) for name, v in fresh.items()}
         averaged = self._adapted({n: -self.averages[n] - self._filtered(n, p) for n, p in parameters.items()})
         found = [averaged, before, fresh][: self.count]
         stacks = {name: torch.stack([direction[name] for direction in found]) for name in parameters}
-        return scaled(stacks, unit_scale(stacks))
+        return {name: v.to(parameters[name].dtype) for name, v in scaled(stacks, unit_scale(stacks)).items()}
 
     def observe(self, directions: Proposed, moved: Mapping[str, Tensor]) -> None:
         """As for random directions; ``length`` is the step's in units of the direction that it becomes."""
@@ -131,7 +132,8 @@ class ActivityDirections(RandomDirections):
             self._average_far(name, far.nan_to_num(0, 0, 0))
         for name, p in parameters.items():
             near = guess.gradients[name].nan_to_num(0, 0, 0) if name in guess.gradients else torch.zeros_like(p)
-            g = self._newest(guess, name, p).nan_to_num(0, 0, 0)
+            near, g = near.to(self.averages[name]), self._newest(guess, name, p).to(self.averages[name])
+            g = g.nan_to_num(0, 0, 0)
             self.averages[name] = torch.lerp(self.averages[name], near, 1 - first)
             self.squares[name] = torch.lerp(self.squares[name], g * g, 1 - second)
 
@@ -165,6 +167,11 @@ class ActivityDirections(RandomDirections):
         """The direction in Adam's metric."""
         start = 1 - self.betas[1] ** self.guesses
         return {name: v / ((self.squares[name] / start.to(v)).sqrt() + self.eps) for name, v in direction.items()}
+
+
+def _wide(x: Tensor) -> Tensor:
+    """A tensor like it in at least float32: squares of small numbers vanish in half types."""
+    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _like(x: Tensor, remembered: Tensor | None) -> Tensor:
