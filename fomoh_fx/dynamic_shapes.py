@@ -84,7 +84,7 @@ def _as(kind: type, entry: Any) -> Any:
 
 
 def _dims(name: str, tensor: Tensor, part: Any) -> Dims:
-    """The dynamic dimensions of one tensor: its entry's, and those that Dynamo's marks name."""
+    """The dynamic dimensions of one tensor: its entry's, and those that Dynamo's marks name, but for sizes 0 and 1."""
     if part is not None and not isinstance(part, (Mapping, tuple, list)):
         raise ArgumentError(
             f"dynamic_shapes: for argument {name!r}: expected {{dimension: Dim}}, a tuple of one entry for each "
@@ -94,7 +94,8 @@ def _dims(name: str, tensor: Tensor, part: Any) -> Dims:
         raise ArgumentError(
             f"dynamic_shapes: for argument {name!r}: {len(part)} entries for a tensor of {tensor.ndim} dimensions"
         )
-    marked: Dims = {dim: kind for mark, kind in MARKS.items() for dim in getattr(tensor, mark, ())}
+    marks = ((dim, kind) for mark, kind in MARKS.items() for dim in getattr(tensor, mark, ()))
+    marked: Dims = {dim: kind for dim, kind in marks if tensor.shape[dim] > 1}  # those are captured on their own
     entries = part if isinstance(part, Mapping) else dict(enumerate(part or ()))
     given = {dim: value for dim, value in entries.items() if _is_dynamic(name, tensor, dim, value)}
     return {**marked, **given}

@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 DECIDED_BY_DATA = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 ADVICE = (
     "the values of tensors decide a branch, a loop or a shape there: write it with torch.where, torch.cond or a mask "
-    "over all cases, or let a Python number decide; print or log a value (float(x), x.item()) after the call, not in it"
+    "over all cases, or let a Python number decide; compute with a tensor of one number as it is, without float(x) or "
+    "x.item(), and print or log it after the call"
 )
 
 

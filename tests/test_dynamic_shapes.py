@@ -187,6 +187,20 @@ def test_a_marked_dimension():
     assert serves(hd, r(5))
 
 
+def test_a_marked_dimension_of_any_size():
+    """0 and 1 are captured on their own."""
+    hd = fomoh_fx.transform(lambda x: x.sin().sum(), wrt="inputs")
+    for size in (4, 1, 0, 2, 1):
+        x, v = r(size), r(2, size)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(hd(x, tangents=(v,)).tangent, (v * x.cos()).sum(1))
+    assert len(hd._traced) == 3
+    fresh = fomoh_fx.transform(lambda x: x.sin().sum(), wrt="inputs")
+    one = r(1)
+    torch._dynamo.mark_dynamic(one, 0)
+    torch.testing.assert_close(fresh(one, tangents=(r(1, 1),)).primal, one.sin().sum())
+
+
 def test_torch_compile_at_a_size_that_was_served():
     hd = traced(lambda x: x.sin().sum(), r(4), dynamic_shapes=({0: Dim.DYNAMIC},))
     x, v = r(6), (r(2, 6),)
