@@ -90,7 +90,7 @@ class _Argument:
 
 def _with_vector(args: tuple[Any, ...], argnums: Argnums, name: str) -> tuple[_Argument, tuple[Any, ...], Tensor]:
     """The argument, f's own arguments, and the vector that is given after them, flat."""
-    if not args:
+    if len(args) < 2:
         raise ArgumentError(f"v: missing; {name}(f) takes f's arguments, and the vector after them")
     *inputs, v = args
     argument = _Argument(tuple(inputs), argnums, name)

@@ -185,6 +185,7 @@ def test_no_numbers():
         (lambda x: fomoh_fx.grad(f, (0, 2))(x, x), "argnums: 2 is out of range"),
         (lambda x: fomoh_fx.grad(f, chunk_size=0)(x, x), "chunk_size: must be at least 1"),
         (lambda x: fomoh_fx.hvp(f)(), "v: missing"),
+        (lambda x: fomoh_fx.hvp(f)(x), "v: missing"),
         (lambda x: fomoh_fx.hessian(f)({}, x), "argnums: hessian needs a tensor"),
     ],
 )

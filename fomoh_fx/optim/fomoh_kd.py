@@ -26,8 +26,9 @@ class FoMoHKD(PlaneSearch):
     """theta <- theta + lr sum_i kappa_i v_i with kappa = -H^-1 g, H_ij = v_i^T H v_j in the plane (equation 10).
 
     ``sampler="activity"`` guesses gradients from perturbed activities, with forward passes only. It takes a model
-    whose ``transform`` got the loss, and whose values inside have one axis for the samples, usually the first. Its
-    plane is spanned by :class:`~fomoh_fx.optim.activity.ActivityDirections` and always has the curvature ``"ggn"``.
+    whose ``transform`` got the loss, and whose values inside have one axis for the samples, usually the first.
+    Parameters that act through linear layers, convolutions, embeddings by index, scalings and sums are served; what the
+    guess leaves out is told by a warning. Its plane is spanned by :class:`~fomoh_fx.optim.activity.ActivityDirections` and always has the curvature ``"ggn"``.
     The loss is computed once more after a step, which is taken back (and counted in :attr:`refused`) where the batch's
     loss rose by a tenth; the damping follows the ratio of actual to predicted decrease. A step that is the best one for
     its own batch goes too far for all others: the part of it that is taken
@@ -43,7 +44,7 @@ class FoMoHKD(PlaneSearch):
         solver: a name in :data:`~fomoh_fx.optim.solvers.SOLVERS`, or a function of (g, H) like those. None is
             ``"jitter"`` (the paper's), or ``"levenberg_marquardt"`` with ``sampler="activity"``.
         previous_step: whether one of the K directions is the step before, which lets good directions live on. It takes
-            two directions or more.
+            two directions or more, and is what ``sampler="activity"`` does anyway.
         seed: of the directions; None takes one from torch's default generator.
         perturbations: with ``sampler="activity"``, how many perturbations of each sample are averaged; None for 4.
     """
@@ -63,6 +64,8 @@ class FoMoHKD(PlaneSearch):
     ) -> None:
         self.length = StepLength() if sampler == "activity" else None
         if sampler == "activity":
+            if previous_step:
+                raise ArgumentError('previous_step: sampler="activity" has the step before from two directions on')
             gradient = ActivityGradient(hd, 4 if perturbations is None else perturbations)
             guesses = ActivityDirections(gradient, 2 if directions is None else directions, seed)
             super().__init__(

@@ -263,6 +263,12 @@ def test_a_part_that_is_left_out_is_said():
         FoMoHKD(fomoh_fx.transform(_ActsElsewhere(), cross_entropy), sampler="activity").step(x, targets=(y,))
 
 
+def test_it_has_the_step_before_anyway():
+    hd = fomoh_fx.transform(nn.Linear(7, 3), cross_entropy)
+    with pytest.raises(ArgumentError, match="^previous_step: "):
+        FoMoHKD(hd, sampler="activity", previous_step=True)
+
+
 def test_an_empty_batch_is_skipped():
     model = nn.Sequential(nn.Linear(7, 3))
     before = copy.deepcopy(model.state_dict())
