@@ -28,9 +28,10 @@ class FoMoHKD(PlaneSearch):
     ``sampler="activity"`` guesses gradients from perturbed activities, with forward passes only. It takes a model
     whose ``transform`` got the loss, and whose values inside have one axis for the samples, usually the first.
     Parameters that act through linear layers, convolutions, embeddings by index, scalings and sums are served; what the
-    guess leaves out is told by a warning. Its plane is spanned by :class:`~fomoh_fx.optim.activity.ActivityDirections` and always has the curvature ``"ggn"``.
-    The loss is computed once more after a step, which is taken back (and counted in :attr:`refused`) where the batch's
-    loss rose by a tenth; the damping follows the ratio of actual to predicted decrease. A step that is the best one for
+    guess leaves out is told by a warning. Its plane is spanned by
+    :class:`~fomoh_fx.optim.activity.ActivityDirections` and always has the curvature ``"ggn"``. The loss is computed
+    once more after a step, which is taken back (and counted in :attr:`refused`) where the batch's loss rose by a tenth;
+    the damping follows the ratio of actual to predicted decrease. A step that is the best one for
     its own batch goes too far for all others: the part of it that is taken
     (:class:`~fomoh_fx.optim.step_length.StepLength`) follows the slope that the next batch has along it.
 
