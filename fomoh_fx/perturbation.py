@@ -35,6 +35,7 @@ from fomoh_fx.passes.guess import (
 )
 from fomoh_fx.passes.layouts import settle
 from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
+from fomoh_fx.passes.parts import take_apart
 from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.passes.simplify import simplify
 from fomoh_fx.passes.sites import Point, find_points, lost_ways, reductions
@@ -187,7 +188,7 @@ class ActivityGradient:
         trained = [i for i, what in enumerate(program.inputs) if what.kind == "parameter" and what.name in parameters]
         loss, placeholders = program.results[at[0]], program.placeholders
         active = analyse(program.module.graph, [placeholders[i] for i in trained], [loss]).active
-        module = eliminate(normalize(program.module, active))
+        module = take_apart(eliminate(normalize(program.module, active)))
         verify(module, "normalize")
         with torch.no_grad(), without_autocast(), torch.random.fork_rng():
             values = values_of(module, [what.value(call.tensors) for what in program.inputs], label=False)

@@ -245,6 +245,26 @@ def test_samples_are_told_apart_in_another_layout(mean_first):
     torch.testing.assert_close(guessed(gradient, model, x, y).gradients, true_gradient(model, cross_entropy, x, y))
 
 
+class _Recurrent(nn.Module):
+    """Its first step starts from zeros, which no sample decides, and splits what its bias makes of them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.last = kind(6, 7, batch_first=True), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.last(self.layer(x)[0][:, -1])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_every_gate_of_a_recurrent_layer_is_served(kind):
+    model = _Recurrent(kind).double()
+    x, y = torch.randn(12, 3, 6).double(), torch.randint(0, 3, (12,))
+    gradient = ActivityGradient(fomoh_fx.transform(model, cross_entropy), exact=10**6)
+    torch.testing.assert_close(guessed(gradient, model, x, y).gradients, true_gradient(model, cross_entropy, x, y))
+
+
 class _ActsElsewhere(nn.Module):
     """Scales by its own weight what the weight makes."""
 
