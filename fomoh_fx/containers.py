@@ -31,7 +31,12 @@ def is_record(value: Any) -> bool:
         return True
     if isinstance(value, _NOT_RECORDS) or not (hasattr(value, "__dict__") or slots_of(value)):
         return False
-    return type(value).__module__.partition(".")[0] not in _NOT_A_MODELS
+    return is_a_users(type(value))
+
+
+def is_a_users(kind: type) -> bool:
+    """Whether the class is of a program's own or of some library, and not of Python, PyTorch or NumPy."""
+    return kind.__module__.partition(".")[0] not in _NOT_A_MODELS
 
 
 def attributes(record: Any) -> MutableMapping[str, Any]:

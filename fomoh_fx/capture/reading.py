@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture.state import STANDARD
-from fomoh_fx.containers import attributes, is_record, tensors_in
+from fomoh_fx.containers import attributes, is_a_users, is_record, tensors_in
 
 _EXACT = {bool, int, str, type(None)}  # equal ones of one type are the same; of floats 0.0 and -0.0 are not
 _SIMPLE = {float, *_EXACT}
@@ -96,6 +96,7 @@ class Reader:
         self._objects = 0  # that are being read, one in the other
         self._limit = 0  # of what is met meanwhile
         self._by_identity: set[int] = set()  # objects that turned out to count so
+        self._classes: dict[type, tuple[int, ...]] = {}
 
     def modules(self, top: nn.Module) -> tuple[Any, ...]:
         """What makes every submodule compute what it does, beside the numbers in its tensors."""
@@ -143,6 +144,7 @@ class Reader:
         return (
             id(module),
             type(module),
+            self._class(type(module)),
             module.training,
             (*children.keys(), *map(id, children.values())),  # a scripted module's table has no iterator
             tuple(own["_forward_pre_hooks"]),  # by numbers that PyTorch gives only once
@@ -153,6 +155,19 @@ class Reader:
             tuple([(name, self.tensor(t)) for name, t in own["_buffers"].items()]),
             tuple([(name, self.value(value)) for name, value in own.items() if name not in unread]),
         )
+
+    def _class(self, kind: type) -> tuple[int, ...]:
+        """By identity the methods, properties and values that a module's class has, but for PyTorch's own classes.
+
+        A function's code and defaults count, too: tools that load changed sources anew put other ones into it.
+        """
+        if kind not in self._classes:
+            own = [value for base in kind.__mro__ if is_a_users(base) for value in vars(base).values()]
+            functions = [value for value in own if type(value) is FunctionType]
+            own += [part for f in functions for part in (f.__code__, f.__defaults__, f.__kwdefaults__)]
+            self.kept += own
+            self._classes[kind] = tuple(map(id, own))
+        return self._classes[kind]
 
     def _other(self, value: Any) -> Any:
         """What may be read of what is neither plain, nor a tensor, nor a list or dictionary."""

@@ -172,3 +172,65 @@ def test_a_tensor_of_an_object_that_is_called_may_be_replaced(how, is_loss):
         weighted.weight = torch.full((3,), scale)
         out = hd(x, tangents=(v,), targets=targets)
         torch.testing.assert_close(out.primal, function(2 * x if is_loss else x))
+
+
+def made_classes():
+    """A class and its base, new ones for each test, for a test changes them."""
+
+    class Base(nn.Module):
+        scale = 2.0
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    class Derived(Base):
+        power = 2
+
+        @property
+        def offset(self):
+            return 1.0
+
+        def activate(self, x):
+            return x.sin()
+
+        def forward(self, x, times=1.0):
+            return (self.activate(x * self.weight) ** self.power * self.scale * times + self.offset).sum()
+
+    return Derived, Base
+
+
+def other_activate(self, x):
+    return x.exp()
+
+
+def other_forward(self, x, times=3.0):
+    return self.activate(x * self.weight).sum() * times
+
+
+CLASS_CHANGES = {
+    "a value": lambda kind, base: setattr(kind, "power", 3),
+    "a value of its base": lambda kind, base: setattr(base, "scale", 5.0),
+    "a value that hides its base's": lambda kind, base: setattr(kind, "scale", 5.0),
+    "a method": lambda kind, base: setattr(kind, "activate", other_activate),
+    "a property": lambda kind, base: setattr(kind, "offset", property(lambda self: 7.0)),
+    "forward": lambda kind, base: setattr(kind, "forward", other_forward),
+    "a function's code": lambda kind, base: setattr(kind.activate, "__code__", other_activate.__code__),
+    "a function's defaults": lambda kind, base: setattr(kind.forward, "__defaults__", (4.0,)),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("change", CLASS_CHANGES)
+def test_a_class_that_is_changed(change, inside):
+    kind, base = made_classes()
+    model = nn.Sequential(kind()) if inside else kind()
+    hd = fomoh_fx.transform(model)
+    x, v = torch.linspace(0, 1, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
+    tangents = {"0.weight" if inside else "weight": v}
+    for count in (1, 2):
+        for _ in range(2):
+            torch.testing.assert_close(hd(x, tangents=tangents).primal, model(x).detach(), rtol=1e-14, atol=0)
+        assert len(hd._traced) == count
+        if count == 1:
+            CLASS_CHANGES[change](kind, base)
