@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 _NOT_RECORDS = (dict, list, tuple, deque, type, Enum, nn.Module, Tensor, FunctionType, MethodType, BuiltinFunctionType)
-_NOT_A_MODELS = {"torch", "numpy", "fomoh_fx", *sys.stdlib_module_names}
+_NOT_A_USERS = {"torch", "numpy", "fomoh_fx", *sys.stdlib_module_names}
 
 
 def children(value: Any) -> MutableMapping[Any, Any] | None:
@@ -31,12 +31,12 @@ def is_record(value: Any) -> bool:
         return True
     if isinstance(value, _NOT_RECORDS) or not (hasattr(value, "__dict__") or slots_of(value)):
         return False
-    return is_a_users(type(value))
+    return is_a_users(type(value).__module__)
 
 
-def is_a_users(kind: type) -> bool:
-    """Whether the class is of a program's own or of some library, and not of Python, PyTorch or NumPy."""
-    return kind.__module__.partition(".")[0] not in _NOT_A_MODELS
+def is_a_users(module: str | None) -> bool:
+    """Whether a module of this name is a user's own code, or another library of models."""
+    return (module or "").partition(".")[0] not in _NOT_A_USERS
 
 
 def attributes(record: Any) -> MutableMapping[str, Any]:

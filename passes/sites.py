@@ -75,7 +75,8 @@ def lost_ways(
     sampled = descendants(graph, data)
     found: dict[fx.Node, fx.Node] = {}
     for parameter in parameters:
-        before = {parameter, *descendants(graph, [parameter])} & (set(active) - set(sampled))
+        own = {parameter, *descendants(graph, [parameter])} & (set(active) - set(sampled))
+        before = (node for node in graph.nodes if node in own)
         lost = (user for node in before for user in node.users if user in active and not leads(user, node))
         if (first := next(lost, None)) is not None:
             found[parameter] = first

@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from fomoh_fx.capture.leaks import is_a_users
 from fomoh_fx.capture.state import containers, written
-from fomoh_fx.containers import children, is_record
+from fomoh_fx.containers import children, is_a_users, is_record
 from fomoh_fx.errors import CaptureError
 
 _PLAIN = (bool, int, float, complex, str, bytes, range, type(None))

@@ -25,11 +25,11 @@ MOST = 4096  # elements of a tensor whose values frontends keep
 
 def candidates(root: nn.Module, arguments: Sequence[Tensor], are_static: bool) -> Iterator[dict[str, Tensor]]:
     """What to take as constants, by name: whole numbers of the root, all of its buffers, and whole arguments too."""
-    buffers = {name: buffer for name, buffer in root.named_buffers() if _is_small(buffer)}
+    buffers = {name: buffer for name, buffer in root.named_buffers() if is_small(buffer)}
     yield {name: buffer for name, buffer in buffers.items() if _is_whole(buffer)}
     if not all(map(_is_whole, buffers.values())):
         yield buffers
-    given = {argument(i): t for i, t in enumerate(arguments) if _is_small(t) and _is_whole(t)}
+    given = {argument(i): t for i, t in enumerate(arguments) if is_small(t) and _is_whole(t)}
     if given and are_static:
         yield {**buffers, **given}
 
@@ -60,7 +60,7 @@ def argument(index: int | str) -> str:
     return f"argument {index}"
 
 
-def _is_small(x: Tensor) -> bool:
+def is_small(x: Tensor) -> bool:
     return 0 < x.numel() <= MOST and x.layout == torch.strided and not x.is_complex()
 
 
@@ -180,7 +180,7 @@ class AsConstants(TorchFunctionMode):
             if _are_known(known, (args, kwargs)):
                 with unset_fake_temporarily(), disable_proxy_modes_tracing():
                     made = func(*known[0], **known[1])
-                if isinstance(made, Tensor) and _is_small(made):
+                if isinstance(made, Tensor) and is_small(made):
                     return literal(made)
         return func(*args, **kwargs)
 

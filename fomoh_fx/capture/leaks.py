@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import sys
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -20,14 +19,13 @@ from torch import Tensor, nn
 
 from fomoh_fx.capture.assignment import kept_elsewhere
 from fomoh_fx.capture.semantics import is_real
-from fomoh_fx.containers import children, is_record, slots_of
+from fomoh_fx.containers import children, is_a_users, is_record, slots_of
 
 _Cache = type(functools.lru_cache(len))
 _Link: Any = getattr(functools, "_lru_list_elem", _Cache)
 _INNER = {dict, list, tuple, deque, set, CellType, _Link}
 _UNSEARCHED = (type, ModuleType, nn.Module, torch.SymInt, torch.SymFloat, torch.SymBool)
 _MOST = 10_000  # objects that are searched
-_NOT_A_USERS = {"torch", "fomoh_fx", "numpy", *sys.stdlib_module_names}
 
 
 def refuse_kept(made: Iterable[weakref.ref[Tensor]], returned: Sequence[Any]) -> None:
@@ -119,11 +117,6 @@ def _name(holder: Any, held: Sequence[Any]) -> str | None:
     if type(holder) not in _INNER and has_attributes and is_a_users(type(holder).__module__):
         return f"an object of type {type(holder).__name__}"
     return None
-
-
-def is_a_users(module: str | None) -> bool:
-    """Whether a module of this name is a user's own code, or another library of models."""
-    return (module or "").partition(".")[0] not in _NOT_A_USERS
 
 
 def _remove(tensors: Sequence[Tensor]) -> None:

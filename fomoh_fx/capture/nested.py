@@ -18,7 +18,7 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporar
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fomoh_fx.capture.constants import literal
+from fomoh_fx.capture.constants import is_small, literal
 from fomoh_fx.capture.threads import is_capturing
 from fomoh_fx.errors import ArgumentError
 
@@ -31,12 +31,17 @@ def is_a_part() -> bool:
 class Part(fx.Interpreter):
     """Runs a graph as a part of a model that is captured.
 
-    Its constants are written out: of a function that the model transforms at every call they are new tensors each time.
+    Its small constants are written out: of a function that the model transforms at every call they are new tensors each
+    time.
     """
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)
-        return literal(value) if type(value) is Tensor and is_capturing() else value
+        if type(value) is not Tensor or not is_capturing():
+            return value
+        with torch._C.DisableTorchFunction():  # the model does not use it
+            is_written_out = is_small(value)
+        return literal(value) if is_written_out else value
 
 
 def refuse_differentiated(tree: Any) -> None:

@@ -162,7 +162,7 @@ class Reader:
         A function's code and defaults count, too: tools that load changed sources anew put other ones into it.
         """
         if kind not in self._classes:
-            own = [value for base in kind.__mro__ if is_a_users(base) for value in vars(base).values()]
+            own = [value for base in kind.__mro__ if is_a_users(base.__module__) for value in vars(base).values()]
             functions = [value for value in own if type(value) is FunctionType]
             own += [part for f in functions for part in (f.__code__, f.__defaults__, f.__kwdefaults__)]
             self.kept += own

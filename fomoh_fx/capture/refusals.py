@@ -10,9 +10,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fomoh_fx.capture.assignment import COMPUTED_FROM, remembered
 from fomoh_fx.capture.assignments import symbolic
-from fomoh_fx.capture.leaks import is_a_users
 from fomoh_fx.capture.program import Program
 from fomoh_fx.capture.root import Root
+from fomoh_fx.containers import is_a_users
 from fomoh_fx.errors import CaptureError
 from fomoh_fx.passes.activity import ancestors
 from fomoh_fx.passes.provenance import source_line

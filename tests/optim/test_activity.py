@@ -222,6 +222,13 @@ def test_half_types_train(dtype):
     assert {v.dtype for v in optimizer.directions.squares.values()} == {torch.float32}
 
 
+def check_exact(model, x):
+    """By all unit vectors, against reverse mode."""
+    model, x, y = model.double(), x.double(), torch.randint(0, 3, x.shape[:1])
+    gradient = ActivityGradient(fomoh_fx.transform(model, cross_entropy), exact=10**6)
+    torch.testing.assert_close(guessed(gradient, model, x, y).gradients, true_gradient(model, cross_entropy, x, y))
+
+
 class _Attends(nn.Module):
     """Attention that has places before samples inside, whose mean over places the loss sees."""
 
@@ -239,10 +246,7 @@ class _Attends(nn.Module):
 
 @pytest.mark.parametrize("mean_first", [True, False])
 def test_samples_are_told_apart_in_another_layout(mean_first):
-    model = _Attends(mean_first).double()
-    x, y = torch.randn(12, 5, 6).double(), torch.randint(0, 3, (12,))
-    gradient = ActivityGradient(fomoh_fx.transform(model, cross_entropy), exact=10**6)
-    torch.testing.assert_close(guessed(gradient, model, x, y).gradients, true_gradient(model, cross_entropy, x, y))
+    check_exact(_Attends(mean_first), torch.randn(12, 5, 6))
 
 
 class _Recurrent(nn.Module):
@@ -259,10 +263,7 @@ class _Recurrent(nn.Module):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 def test_every_gate_of_a_recurrent_layer_is_served(kind):
-    model = _Recurrent(kind).double()
-    x, y = torch.randn(12, 3, 6).double(), torch.randint(0, 3, (12,))
-    gradient = ActivityGradient(fomoh_fx.transform(model, cross_entropy), exact=10**6)
-    torch.testing.assert_close(guessed(gradient, model, x, y).gradients, true_gradient(model, cross_entropy, x, y))
+    check_exact(_Recurrent(kind), torch.randn(12, 3, 6))
 
 
 class _ActsElsewhere(nn.Module):
