@@ -21,6 +21,7 @@ from fomoh_fx.capture.nested import Part, is_a_part
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.reading import Reader, Reading, kind_of, unusual_strides_of
 from fomoh_fx.errors import CaptureError
+from fomoh_fx.failures import explain
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.low_rank import factors
 from fomoh_fx.lower import Lowering
@@ -241,7 +242,27 @@ class Evaluation:
     given: Arguments | None = None
 
     def __call__(self) -> HyperDual:
-        return self.specialization(self.tensors, self.stacks, self.given)
+        try:
+            return self.specialization(self.tensors, self.stacks, self.given)
+        except Exception as error:
+            if self.specialization.run is not self.specialization.compiled.final and not _is_out_of_memory(error):
+                self._operator_by_operator()
+            explain(error)
+            raise
+
+    def _operator_by_operator(self) -> None:
+        """Raise what a compiled program raised, from the operator that does; those programs do not know their lines."""
+        inputs = [what.value(self.tensors) for what in self.specialization.program.inputs]
+        try:
+            with torch.no_grad(), without_autocast():
+                self.specialization.compiled.final(*inputs, *self.stacks)
+        except Exception as error:
+            explain(error)
+            raise error from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
 
 
 def outside_of(program: Program) -> Reading:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -300,6 +301,53 @@ def test_a_models_own_error_names_its_line() -> None:
         return x @ x  # shapes do not fit
 
     assert "# shapes do not fit" in refusal(wrong, X)
+
+
+class Looks(nn.Module):
+    """Rows of a table, one of them only inside a branch: a number that is no row is an error at run time."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__()
+        self.table, self.branches = nn.Embedding(5, 3), branches
+
+    def forward(self, rows: Tensor) -> Tensor:
+        def found(x: Tensor) -> Tensor:
+            return self.table(rows).tanh() * x  # the look-up
+
+        if self.branches:
+            return torch.cond(rows.sum() > 2, found, lambda x: 2 * x, (torch.ones(2, 3),)).sum()
+        return found(torch.ones(2, 3)).sum()
+
+
+def raised_at_run_time(hd: fomoh_fx.HyperDualModule) -> BaseException:
+    tangent = {"table.weight": torch.randn(2, 5, 3)}
+    hd(torch.tensor([1, 2]), tangents=tangent)
+    with pytest.raises(IndexError, match="out of range") as raised:
+        hd(torch.tensor([1, 7]), tangents=tangent)
+    return raised.value
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_an_error_at_run_time_names_its_line(branches: bool) -> None:
+    error = raised_at_run_time(transform(Looks(branches)))
+    (note,) = error.__notes__
+    assert re.search(
+        r"test_errors\.py:\d+, return self\.table.*# the look-up\n.*aten\.embedding\.default, primal", note
+    )
+
+
+@pytest.mark.slow
+def test_an_error_of_a_compiled_program_names_its_line() -> None:
+    (note,) = raised_at_run_time(fomoh_fx.compile(transform(Looks(True)))).__notes__
+    assert "# the look-up" in note
+
+
+def test_an_error_of_a_loss_that_is_a_function_of_pytorchs() -> None:
+    hd = transform(Net(), F.cross_entropy)
+    hd(X, tangents=tangents(), targets=(torch.zeros(4, dtype=torch.long),))
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds") as raised:
+        hd(X, tangents=tangents(), targets=(torch.full((4,), 9),))
+    assert "a function of PyTorch's that was given as the model or the loss" in raised.value.__notes__[0]
 
 
 # --- custom Functions
