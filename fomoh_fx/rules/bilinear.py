@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.hyperdual import Components, HyperDual, add
+from fomoh_fx.rules.linear import refused
 from fomoh_fx.rules.products import Forms, Phi, expand, fewer_products_pay, intensity
 from fomoh_fx.rules.registry import Composite, Rule, register
 from fomoh_fx.rules.stacking import batched, fold, primals
@@ -267,14 +268,6 @@ def grouped_mm(
     return expand(Forms(left, right, pairs), components, op(*plain, **options), x, w)
 
 
-def _refused(reason: str) -> Rule:
-    def rule(op: Any, components: Components, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedOpError(reason)
-
-    rule.kind = "refused"  # type: ignore[attr-defined]
-    return rule
-
-
 # Composites of the products above. A factor of one is not multiplied by, and beta = 0 drops its term, as PyTorch does.
 
 
@@ -367,4 +360,4 @@ for ops, composite in PRODUCTS.items():
     register(ops, composite)
 
 _SCALED = "products of scaled low-precision values have no derivative in PyTorch; dequantise and use torch.mm"
-register([aten._scaled_mm.default, aten._scaled_grouped_mm.default], _refused(_SCALED))
+register([aten._scaled_mm.default, aten._scaled_grouped_mm.default], refused(_SCALED))

@@ -108,6 +108,16 @@ def constant() -> Rule:
     return rule
 
 
+def refused(reason: str) -> Rule:
+    """The rule of an operator that has no derivative, for this reason."""
+
+    def rule(op: Callable[..., Any], components: Components, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedOpError(reason)
+
+    rule.kind = "refused"  # type: ignore[attr-defined]
+    return rule
+
+
 def _dims(dims: Any, x: Tensor) -> list[int]:
     """Dimensions to reduce, in a stack; none given means all."""
     given = [dims] if isinstance(dims, int) else list(dims or range(x.ndim))
