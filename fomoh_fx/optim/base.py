@@ -16,7 +16,7 @@ from types import FunctionType
 from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fomoh_fx import lower
@@ -24,6 +24,7 @@ from fomoh_fx.errors import ArgumentError
 from fomoh_fx.hyperdual import HyperDual, SecondOrder
 from fomoh_fx.optim.checks import at_least_zero
 from fomoh_fx.optim.directions import Batch, Directions
+from fomoh_fx.optim.groups import groups_of, members, named, rename, trained
 from fomoh_fx.optim.program import Program, is_own
 from fomoh_fx.optim.record import StepRecord
 from fomoh_fx.optim.replay import Replay
@@ -31,14 +32,10 @@ from fomoh_fx.optim.samplers import Proposed, Stacks
 from fomoh_fx.optim.skipped import SkippedSteps
 from fomoh_fx.optim.snapshot import State
 from fomoh_fx.optim.update import settle, update
-from fomoh_fx.seeds import selected_parameters
 from fomoh_fx.transform import Curvature, HyperDualModule
 
 #: The least factor by which steps become shorter; from 0 there would be no way back.
 SHORTEST = 2.0**-40
-
-_NO_ORDER = "params: a set has no order, so directions would not be reproducible; give a list"
-
 
 #: What torch's schedulers put into groups, beside the options that groups have.
 _OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -137,7 +134,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         at_least_zero("weight_decay", weight_decay)
         if self.largest_rise is not None:
             at_least_zero("largest_rise", self.largest_rise)
-        super().__init__(self._groups(options.get("params")), {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(groups_of(options.get("params"), self.hd), {"lr": lr, "weight_decay": weight_decay})
         parts = self._moved, self._finished, settle
         self._move, self._finish, self._settle = (Program(part, self.hd.lowering) for part in parts)
 
@@ -172,7 +169,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
             parameters and the model's state stay as they are and the step is counted in :attr:`skipped`.
         """
         batch = self._batch(*_normal((args, kwargs, targets)))
-        directions = self.directions.propose(self._trained(), batch)
+        rename(self.param_groups, dict(self.hd.module.named_parameters()))
+        directions = self.directions.propose(trained(self.param_groups), batch)
         evaluate = self.hd.prepare(*batch.args, tangents=directions, **batch.keywords)
         state = State(self.hd, evaluate)
         looks_again = self.diagnostics or self.largest_rise is not None
@@ -180,10 +178,10 @@ class ForwardOptimizer(torch.optim.Optimizer):
         value = evaluate()
         value = HyperDual(scalar_of(value), value.tangent, value.cross, components=value.components)
         reference = value.primal if replay is None or replay.is_alike else replay.loss()
-        members = [(group, name, p) for group, name, p in self._members() if name in directions]
-        parameters, rates = {name: p for _, name, p in members}, [_number(group["lr"]) for group, _, _ in members]
+        moving = [(group, name, p) for group, name, p in members(self.param_groups) if name in directions]
+        parameters, rates = {name: p for _, name, p in moving}, [_number(group["lr"]) for group, _, _ in moving]
         decays = {
-            i: rates[i] * group["weight_decay"] for i, (group, _, _) in enumerate(members) if group["weight_decay"]
+            i: rates[i] * group["weight_decay"] for i, (group, _, _) in enumerate(moving) if group["weight_decay"]
         }
         keeps = self.largest_rise is not None or (looks_again and bool(decays))
         memories = [part for part in self.parts() if hasattr(part, "remembers")]
@@ -300,12 +298,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
         if unknown := param_group.keys() - {"params", "param_names", *self.defaults, *_OF_SCHEDULERS}:
             known = ", ".join(self.defaults)
             raise ArgumentError(f"params: a group has no option {', '.join(sorted(unknown))}; its own may be {known}")
-        group = {**param_group, "params": self._named(param_group["params"])}
         for option in ("lr", "weight_decay"):
-            at_least_zero(option, group.get(option, 0.0))
-        if not group["params"]:
-            raise ArgumentError("params: there is none in a group")
-        super().add_param_group(group)
+            at_least_zero(option, param_group.get(option, 0.0))
+        super().add_param_group({**param_group, "params": named(param_group["params"], self.hd)})
 
     def state_dict(self) -> dict[str, Any]:
         """The groups, and what is remembered from step to step (:meth:`entries`); hooks see all of it."""
@@ -390,69 +385,6 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """PyTorch calls this for states that are loaded, too, and gives all groups an option of its own optimizers."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)
-
-    def _trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that move, by name."""
-        self._rename()
-        trained = {name: p for _, name, p in self._members() if p.requires_grad}
-        if not trained:
-            raise ArgumentError("params: none of the parameters has requires_grad=True, so there is nothing to train")
-        return trained
-
-    def _rename(self) -> None:
-        """Follow parameters that have got other names in the model, by pruning or a module around theirs."""
-        current = dict(self.hd.module.named_parameters())
-        if all(current.get(name) is p for _, name, p in self._members() if p.requires_grad):
-            return
-        now = {id(p): name for name, p in current.items()}
-        for _, name, p in self._members():
-            if p.requires_grad and id(p) not in now:
-                raise ArgumentError(
-                    f"params: {name} is no longer the model's: another tensor has taken its place since this optimizer "
-                    "was made (by assign=True, or a module that was exchanged); make a new optimizer"
-                )
-        for group in self.param_groups:
-            named = zip(group["params"], group["param_names"], strict=True)
-            group["param_names"] = [now.get(id(p), name) for p, name in named]
-
-    def _members(self) -> Iterable[tuple[dict[str, Any], str, nn.Parameter]]:
-        for group in self.param_groups:
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                yield group, name, p
-
-    def _groups(self, params: Iterable[Any] | None) -> list[dict[str, Any]]:
-        if isinstance(params, set):
-            raise ArgumentError(_NO_ORDER)
-        if params is not None and not isinstance(params, Iterable):
-            raise ArgumentError(f"params: expected parameters or groups of them, got {params!r}")
-        chosen = list(self._selected().values() if params is None else params)
-        if not chosen:
-            raise ArgumentError("params: there is none")
-        if chosen and isinstance(chosen[0], dict):
-            return chosen
-        return [{"params": chosen}]
-
-    def _selected(self) -> dict[str, nn.Parameter]:
-        chosen = selected_parameters(self.hd.module, self.hd.wrt)
-        return {name: p for name, p in chosen.items() if p.is_floating_point() or p.is_complex()}
-
-    def _named(self, params: Any) -> list[tuple[str, nn.Parameter]]:
-        """The parameters with their names in the model."""
-        names = {id(p): name for name, p in self._selected().items()}
-        if isinstance(params, set):
-            raise ArgumentError(_NO_ORDER)
-        named: list[tuple[str, nn.Parameter]] = []
-        entries: Iterable[Any] = [params] if isinstance(params, Tensor) else params
-        for entry in entries:
-            p = entry[1] if isinstance(entry, tuple) else entry
-            if isinstance(p, nn.Parameter) and not (p.is_floating_point() or p.is_complex()):
-                raise ArgumentError(f"params: there is one of {p.dtype}, which has no derivatives; leave it out")
-            if not isinstance(p, nn.Parameter) or id(p) not in names:
-                raise ArgumentError("params: there is one that is not among the model's parameters that hd.wrt selects")
-            if any(p is known for _, known in named):
-                raise ArgumentError(f"params: {names[id(p)]} is there twice")
-            named.append((names[id(p)], p))
-        return named
 
 
 def fitted(hd: Any, second_order: SecondOrder, curvature: Curvature | None = None) -> HyperDualModule:

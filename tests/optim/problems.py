@@ -9,6 +9,7 @@ import fomoh_fx
 from fomoh_fx.low_rank import dense
 from fomoh_fx.optim import FGD, FoMoH, FoMoHKD
 from fomoh_fx.optim.directions import Batch
+from fomoh_fx.optim.groups import trained
 from fomoh_fx.optim.samplers import Proposed
 
 ALL = (FGD, FoMoH, FoMoHKD)
@@ -73,6 +74,6 @@ def parameters_of(module: nn.Module) -> Tensor:
 def next_directions(opt) -> dict[str, Tensor]:
     """The directions that the next step will take."""
     state = opt.directions.state_dict()
-    drawn = opt.directions.propose(opt._trained(), Batch((), {}, None))
+    drawn = opt.directions.propose(trained(opt.param_groups), Batch((), {}, None))
     opt.directions.load_state_dict(state)
     return drawn
