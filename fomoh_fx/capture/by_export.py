@@ -48,11 +48,6 @@ def from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progra
             inputs.append(Input("constant", target, tensor=exported.constants[target]))
         elif spec.kind == InputKind.TOKEN:  # make_fx knows none
             raise NotImplementedError("an operator with an effect, such as a check of values under vmap")
-        elif isinstance(exported.constants.get(target), torch.Generator):
-            raise CaptureError(
-                "model: draws with a torch.Generator of its own, which a graph does not keep. Draw with torch's "
-                "default one, or pass the numbers as an argument"
-            )
         else:
             raise CaptureError(f"model: an input of kind {spec.kind.name} ({target}) is not supported")
     outputs = []

@@ -17,6 +17,7 @@ from fomoh_fx.capture.call import Arguments, Call, Structure
 from fomoh_fx.capture.constants import AsConstants, argument
 from fomoh_fx.capture.conversions import conversions_checked
 from fomoh_fx.capture.finite import AssumeFinite
+from fomoh_fx.capture.generators import GeneratorsRefused
 from fomoh_fx.capture.hooks import gradient_hooks_checked, refuse_hooks_of_module
 from fomoh_fx.capture.leaks import has_tensors_behind
 from fomoh_fx.capture.modules import calls_noticed
@@ -94,8 +95,8 @@ class Root(nn.Module):
             semantics = self.observed.semantics = ReverseModeSemantics(known, self.observed.before, leaves, names)
             assignments.same = partial(_same, names, semantics)
             for context in (
-                semantics, RecordSourceLines(), AssumeFinite(), assignments, self._modules_observed(assignments),
-                conversions_checked(self), gradient_hooks_checked(),
+                semantics, RecordSourceLines(), AssumeFinite(), GeneratorsRefused(), assignments,
+                self._modules_observed(assignments), conversions_checked(self), gradient_hooks_checked(),
             ):  # fmt: skip
                 stack.enter_context(context)
             output = self.model(*args, **kwargs)

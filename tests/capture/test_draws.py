@@ -204,12 +204,28 @@ def test_a_method_or_a_function_that_draws_is_refused(draw):
         fomoh_fx.transform(Scaled(), wrt="inputs")(torch.ones(3), tangents=(torch.ones(1, 3),))
 
 
-def test_a_generator_of_torch_is_refused():
-    generator = torch.Generator()
-    with pytest.raises(CaptureError, match=r"draws with a torch\.Generator of its own"):
-        fomoh_fx.transform(lambda x: (x * torch.rand(3, generator=generator)).sum(), wrt="inputs")(
-            torch.ones(3), tangents=(torch.ones(1, 3),)
-        )
+def with_a_generator(x):
+    return (x * torch.rand(3, generator=torch.Generator().manual_seed(3))).sum()
+
+
+def with_a_method_of_tensors(x):
+    return (x * torch.empty_like(x).normal_(generator=torch.Generator().manual_seed(3))).sum()
+
+
+def with_a_generator_beside_what_export_refuses(x):
+    numbers = torch.rand(3, generator=torch.Generator().manual_seed(3))
+    with torch.enable_grad():
+        y = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(y.sin().sum(), y)
+    return (x * numbers * slope).sum()
+
+
+@pytest.mark.parametrize(
+    "model", [with_a_generator, with_a_method_of_tensors, with_a_generator_beside_what_export_refuses]
+)
+def test_a_generator_of_torch_is_refused(model):
+    with pytest.raises(CaptureError, match=r"draws with a torch\.Generator of its own.*\n  at test_draws\.py:\d+, "):
+        fomoh_fx.transform(model, wrt="inputs")(torch.ones(3), tangents=(torch.ones(1, 3),))
 
 
 def test_a_capture_draws_nothing():
