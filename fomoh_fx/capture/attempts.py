@@ -76,20 +76,29 @@ def _capture(
         for assignment in root.observed.assigned:
             assignment.tensors.clear()
         if not tensors and not modules:
-            if isinstance(outcome, CaptureError):
-                raise CaptureError(*outcome.args) from outcome.__cause__
             if isinstance(outcome, FomohError):
-                raise outcome
+                raise _anew(outcome)
             refuse_kept(made, outcome.structure.others)
             refuse_fake(outcome)
             refuse_without_data(outcome)
             return outcome
         foreign += tensors  # capture again with what a closure holds as inputs: its values may change
         outside += modules
+    if isinstance(outcome, FomohError):  # whose traceback keeps what the model makes at every call
+        raise _anew(outcome)
     raise CaptureError(
         "model: makes new tensors with data at every call that it then uses as constants; make them by torch.tensor, "
         "or keep them as buffers"
     )
+
+
+def _anew(error: FomohError) -> FomohError:
+    """The error, if it is of capture without the frames of frontends."""
+    if not isinstance(error, CaptureError):
+        return error
+    again = CaptureError(*error.args)
+    again.__cause__ = error.__cause__
+    return again
 
 
 def _with_constants(
