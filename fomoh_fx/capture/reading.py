@@ -209,7 +209,7 @@ class Reader:
         return read(value)
 
     def _values(self, values: Iterable[Any]) -> Any:
-        values = tuple(values)
+        values = tuple(iter(values))  # which asks no subclass for its length
         kinds = {*map(type, values)}
         if kinds <= _EXACT:
             return (*kinds, values) if len(kinds) < 2 else (tuple(map(type, values)), values)

@@ -26,6 +26,13 @@ class Config:
     inner: object = None
 
 
+class Pair(tuple):
+    """Two values that say that they have no length, as e3nn's irreducible representations do."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+
 class Holder:
     """An object that refers to what is no data, as a trainer does."""
 
@@ -105,6 +112,7 @@ def test_what_differs(name):
         lambda: np.arange(3.0),
         lambda: [torch.ones(2), {"k": torch.zeros(2, 3)}],
         lambda: slice(0, None),
+        lambda: Pair((3, "1o")),
         lambda: nn.Linear(2, 2).weight,
     ],
 )
