@@ -139,13 +139,13 @@ class Specialization:
         if isinstance(tangents, dict) and self.seeds.by_name:
             given = [name for name in tangents if tangents[name] is not None]
             same = len(given) == len(self.seeds.given_as) and all(name in given for name in self.seeds.given_as)
-            return factors([tangents[name] for name in self.seeds.given_as]) if same else None
+            return factors([tangents[name].contiguous() for name in self.seeds.given_as]) if same else None
         leaves = pytree.tree_leaves(tangents)
         given = [leaf for leaf in leaves if leaf is not None]
         alike = [axes_alike(leaf) for leaf in given]
         if [leaf is not None for leaf in leaves] != self.seeds.present or alike != [*self.seeds.alike]:
             return None
-        return [once(leaf, axes) for leaf, axes in zip(given, alike, strict=True)]
+        return [once(leaf, axes).contiguous() for leaf, axes in zip(given, alike, strict=True)]
 
     def fits(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor], others: list[Any]) -> bool:
         """Whether this served these kinds of tensors, other arguments and modules before; Dynamo reads this."""

@@ -22,7 +22,7 @@ from fomoh_fx.functional_forms import CHANGING
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined, primal_of
 from fomoh_fx.low_rank import LowRank
 from fomoh_fx.passes import provenance
-from fomoh_fx.passes.label import FACTORS, label, label_rest, renamed
+from fomoh_fx.passes.label import FACTORS, label, label_rest, label_whole, renamed
 from fomoh_fx.passes.normalize import explained, failed, inputs_of
 from fomoh_fx.passes.retrace import in_body, last_node, retrace
 from fomoh_fx.rules.low_rank import multiplied_out
@@ -194,6 +194,7 @@ def expand(
             n: v.expand(-1, *n.meta["val"].shape) if isinstance(form, tuple) else v
             for (n, form), v in zip(seeds.items(), given, strict=True)
         }
+        label_whole([n for n, form in seeds.items() if isinstance(form, tuple)], stacks)
         seeded = [HyperDual(p, stacks[n]) if n in stacks else p for n, p in zip(placeholders, primals, strict=True)]
         outputs = list(expander.run(*seeded))
         if any(isinstance(outputs[i], Undefined) for i in asked):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -62,6 +62,14 @@ def label_inputs(nodes: Sequence[fx.Node], values: Sequence[Any]) -> None:
             for suffix, node in _nodes(value, component):
                 node.meta[KEY] = Provenance(n.name, component, of(n).source)
                 node.meta[_NAME] = f"{n.name}{suffix}"
+
+
+def label_whole(nodes: Sequence[fx.Node], stacks: Mapping[fx.Node, Any]) -> None:
+    """Label the tangents of inputs that are given once for all samples, and have just been expanded."""
+    for n in nodes:
+        if (node := node_of(stacks[n])) is not None and node.op == "call_function":
+            node.meta[KEY] = Provenance(n.name, "tangent", of(n).source)
+            node.meta[_NAME] = f"{n.name}_tangent_expand"
 
 
 def label_rest(module: fx.GraphModule, source: str = "") -> None:

@@ -30,7 +30,10 @@ def _elementwise(node: fx.Node) -> Operands:
 
 
 def _rows(node: fx.Node) -> Operands:
-    return {node.args[0]: {-1}}  # type: ignore[dict-item]
+    """x of x w^T + b; not where w is one vector, whose result lacks the last axis, nor where b differs between rows."""
+    x, *others = cast("list[fx.Node]", node.args)
+    ranks = [0 if (value := value_of(other)) is None else value.ndim for other in others]
+    return {x: {-1}} if ranks[0] == 2 and max(ranks[1:], default=0) <= 1 and x not in others else {}
 
 
 def _summed(node: fx.Node) -> Operands:

@@ -29,6 +29,17 @@ MODELS = {
     "attention": (lambda: nn.TransformerEncoderLayer(D, 2, 8, 0.0, batch_first=True), (3, D)),
     "linear": (lambda: nn.Linear(D, 3), (D,)),
     "itself": (lambda: lambda x: x, (D,)),
+    "a vector as weight": (lambda: lambda x: nn.functional.linear(x, torch.arange(1.0, D + 1).double()), (D,)),
+    "a vector as weight, a square": (lambda: lambda x: nn.functional.linear(x, x[0].detach()).square(), (D,)),
+    "a bias for each row": (
+        lambda: lambda x: nn.functional.linear(x, torch.ones(3, D).double(), torch.arange(6.0).double()[:, None]),
+        (D,),
+    ),
+    "names": (lambda: lambda x: torch.arange(N)[:, None].expand(N, D).sin() * x.expand(2, N, D).sin(), (D,)),
+    "taken along an axis": (
+        lambda: lambda x: torch.take_along_dim(x, torch.tensor([[0], [2], [1], [1], [3], [0]]), 1).sin(),
+        (D,),
+    ),
     "transposed": (lambda: lambda x: (x.t() @ x).logsumexp(0), (D,)),
 }
 
@@ -105,3 +116,15 @@ def test_under_dynamo():
         compiled(x, tangents=(v.contiguous(),))
     hd(x, tangents=(v.contiguous(),))
     torch.testing.assert_close(compiled(x, tangents=(v.contiguous(),)).cross, expected)
+
+
+@pytest.mark.parametrize("wrt", ["parameters", "inputs"])
+def test_tangents_of_any_layout_under_dynamo(wrt):
+    model, x = nn.Linear(D, 3).double(), torch.randn(N, D, dtype=torch.float64)
+    hd = fomoh_fx.transform(model, lambda y: y.square().sum(), wrt=wrt)
+    transposed = torch.randn(2, D, {"parameters": 3, "inputs": N}[wrt], dtype=torch.float64).mT
+    tangents = {"weight": transposed} if wrt == "parameters" else (transposed,)
+    expected = hd(x, tangents=tangents).cross
+    torch._dynamo.reset()
+    compiled = torch.compile(hd, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, tangents=tangents).cross, expected)
