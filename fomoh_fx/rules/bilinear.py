@@ -14,7 +14,7 @@ from fomoh_fx.hyperdual import Components, HyperDual, add
 from fomoh_fx.rules.linear import refused
 from fomoh_fx.rules.products import Forms, Phi, expand, fewer_products_pay, intensity
 from fomoh_fx.rules.registry import Composite, Rule, register
-from fomoh_fx.rules.stacking import batched, fold, primals
+from fomoh_fx.rules.stacking import align, batched, fold, primals
 from fomoh_fx.sizes import known
 
 aten = torch.ops.aten
@@ -137,7 +137,7 @@ def _each_with_its_own(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _linear(op: Any, components: Components, x: Any, w: Any, b: Any = None) -> HyperDual:
-    """y = x w^T + b with x [.., D], w [M, D], b [M]; or w [D] without M in y."""
+    """y = x w^T + b with x [.., D], w [M, D], b [M] or whatever else broadcasts to y; or w [D] without M in y."""
     plain = primals((x, w, b), {})[0]
     shape = [*plain[0].shape[:-1], *plain[1].shape[:-1]]
     n, d, m = math.prod(plain[0].shape[:-1]), plain[0].shape[-1], math.prod(plain[1].shape[:-1])
@@ -173,7 +173,7 @@ def _linear(op: Any, components: Components, x: Any, w: Any, b: Any = None) -> H
         y = product.primal + plain[2]
         result = HyperDual(y, product.tangent, product.cross)
     if isinstance(b, HyperDual):
-        lift = [None if p is None else p.reshape(p.shape[0], *[1] * (y.ndim - 1), -1) for p in (b.tangent, b.cross)]
+        lift = [None if p is None else align(p, b.primal, y.ndim) for p in (b.tangent, b.cross)]
         result = HyperDual(y, add(result.tangent, lift[0]), add(result.cross, lift[1]))
     return result
 
