@@ -6,17 +6,17 @@ component is written into an accumulator of zeros; where only the target has one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch import SymInt, Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.rules.joint import padded
 from fomoh_fx.rules.linear import in_storage_order, jointly, mapped, storage_index
-from fomoh_fx.rules.registry import Composite, register
+from fomoh_fx.rules.registry import Composite, Rule, register
 from fomoh_fx.rules.stacking import align, axis
 
 aten = torch.ops.aten
@@ -221,6 +221,32 @@ register(aten.index_fill.int_Tensor, Composite(_index_fill_tensor))
 # Writing into a view: the same view of every component.
 
 
+def _written(form: Callable[..., Tensor]) -> Rule:
+    """The rule of an operator that copies a value in its layout and writes into a view of the copy."""
+
+    def checked(parts: list[Part], y: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        if _overlaps_itself(x):
+            raise UnsupportedOpError(
+                "what is written into overlaps itself in memory (an unfold, or another view of that kind), so that a "
+                "write changes other elements as well; make it a copy first (.contiguous())"
+            )
+        return form(parts, y, x, *rest)
+
+    return jointly(checked)
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether different indices lead to one place, other than along an expanded axis, which a copy writes out."""
+    reach: int | SymInt = 0
+    if any(statically_known_true(s == 0) for n, s in zip(x.shape, x.stride(), strict=True) if n != 1):
+        return False
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and statically_known_true(stride <= reach):
+            return True
+        reach = reach + (size - 1) * stride
+    return False
+
+
 def _slice_scatter(
     parts: list[Part], y: Tensor, x: Tensor, source: Tensor, dim: int, start: Any, end: Any, step: int
 ) -> Tensor:
@@ -276,7 +302,7 @@ def _as_strided_scatter(
     return flat.reshape(-1, *[x.shape[d] for d in order]).permute(0, *inside_out)
 
 
-register(aten.slice_scatter.default, jointly(_slice_scatter))
-register(aten.select_scatter.default, jointly(_select_scatter))
-register(aten.diagonal_scatter.default, jointly(_diagonal_scatter))
-register(aten.as_strided_scatter.default, jointly(_as_strided_scatter))
+register(aten.slice_scatter.default, _written(_slice_scatter))
+register(aten.select_scatter.default, _written(_select_scatter))
+register(aten.diagonal_scatter.default, _written(_diagonal_scatter))
+register(aten.as_strided_scatter.default, _written(_as_strided_scatter))

@@ -212,3 +212,20 @@ def test_padding_of_a_number_of_rows_that_is_data():
         for actual, expected in ((out.primal, y), (out.tangent, tangents), (out.hessian(), crosses)):
             torch.testing.assert_close(actual, expected)
     assert len(hd._traced) == 1
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: torch.select_scatter(x, x.select(1, 0).sin(), 1, 0),
+        lambda x: torch.slice_scatter(x, x[:, :1].sin(), 1, 0, 1),
+        lambda x: torch.diagonal_scatter(x, x.diagonal().sin()),
+    ],
+)
+def test_writing_into_what_overlaps_itself_is_refused(write):
+    """PyTorch keeps the overlap in the copy, in which a write then changes other elements, too."""
+    x, v = torch.randn(3, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
+    with pytest.raises(UnsupportedOpError, match=r"overlaps itself in memory.*\n  at test_indexing\.py"):
+        fomoh_fx.transform(lambda x: write(x.unfold(0, 2, 1)).square().sum(), wrt="inputs")(x, tangents=(v,))
+    copied = fomoh_fx.transform(lambda x: write(x.unfold(0, 2, 1).contiguous()).square().sum(), wrt="inputs")
+    assert copied(x, tangents=(v,)).cross.isfinite().all()
