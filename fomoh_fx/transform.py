@@ -27,6 +27,7 @@ from fomoh_fx.garbage import uncollected
 from fomoh_fx.hyperdual import SECOND_ORDERS, Components, HyperDual, SecondOrder
 from fomoh_fx.low_rank import factors
 from fomoh_fx.passes import pipeline
+from fomoh_fx.passes.activity import analyse
 from fomoh_fx.passes.data_sizes import ADVICE
 from fomoh_fx.records import opened
 from fomoh_fx.seeds import Seeds, input_seeds, parameter_seeds, refuse_lazy, selected_parameters
@@ -305,7 +306,7 @@ class HyperDualModule(nn.Module):
             self.first_order,
         )
         compiled = pipeline.run(program.module, request)
-        if self.curvature == "ggn" and self.second_order and not compiled.layout.crosses:
+        if request.first_order_above and not compiled.layout.crosses and _reaches(program, positions, values[1:]):
             raise ArgumentError(
                 "curvature: the loss has no second derivative in the model's output, so the generalised Gauss-Newton "
                 "plane would be zero; let the model return logits and use e.g. cross_entropy as the loss"
@@ -462,6 +463,13 @@ _UNTRACED = (
 
 
 @torch.compiler.disable(reason=_UNTRACED)
+def _reaches(program: Program, seeds: Sequence[int], outputs: Sequence[int]) -> bool:
+    """Whether one of these outputs depends on one of these inputs."""
+    results = [program.results[i] for i in outputs]
+    varied = analyse(program.module.graph, [program.placeholders[i] for i in seeds], results).varied
+    return any(result in varied for result in results)
+
+
 def _refuse_untraced() -> HyperDual:
     raise SpecialisationError(_UNTRACED)
 

@@ -212,6 +212,13 @@ def test_gauss_newton_where_the_loss_is_linear_in_the_output() -> None:
         hd(X, tangents=directions, targets=(torch.tensor([0, 1, 2, 3]),))
 
 
+def test_gauss_newton_of_a_parameter_that_is_not_used() -> None:
+    model = Net()
+    model.register_parameter("spare", nn.Parameter(torch.ones(2)))
+    out = transform(model, F.mse_loss, curvature="ggn")(X, tangents={"spare": torch.ones(2, 2)}, targets=(Y,))
+    assert torch.equal(out.hessian(), torch.zeros(2, 2)) and torch.equal(out.tangent, torch.zeros(2))
+
+
 def test_result_that_does_not_hold_what_is_asked() -> None:
     for second_order in ("trace", None):
         out = transform(Net(), torch.sum, second_order=second_order)(X, tangents=tangents())  # type: ignore[arg-type]
