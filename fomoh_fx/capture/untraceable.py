@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fomoh_fx.capture.equality import equal
 from fomoh_fx.capture.packed import of_packed
 
 
@@ -161,11 +162,6 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     return input.mul_(0) if inplace else input.mul(0)
 
 
-def _equal(input: Tensor, other: Tensor) -> bool:
-    """Shapes that differ, and one tensor in both places, need no look at the values."""
-    return input.shape == other.shape and (input is other or torch.equal(input, other))
-
-
 _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.cov: _covariance,
     torch.Tensor.cov: _covariance,
@@ -178,8 +174,8 @@ _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.nn.functional.ctc_loss: _ctc_loss,
     torch.ctc_loss: _ctc_loss,
     torch.nn.functional.dropout: dropout,
-    torch.equal: _equal,
-    torch.Tensor.equal: _equal,
+    torch.equal: equal,
+    torch.Tensor.equal: equal,
     torch.linalg.lstsq: _lstsq,
 }
 if hasattr(torch.nn.functional, "linear_cross_entropy"):  # since torch 2.13
