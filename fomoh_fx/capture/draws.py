@@ -19,6 +19,7 @@ import torch
 from fomoh_fx.capture.advancing import advancing
 from fomoh_fx.capture.program import Program
 from fomoh_fx.capture.reading import are_equal
+from fomoh_fx.capture.where import at_change_of
 from fomoh_fx.errors import CaptureError
 from fomoh_fx.passes.dataflow import graphs_in
 from fomoh_fx.passes.provenance import is_hidden
@@ -55,6 +56,7 @@ def refuse_drawn(capture: Callable[[], Program], models: Sequence[Any], argument
             raise CaptureError(
                 "model: draws from Python's or NumPy's random numbers while it runs, and computes with them, so the "
                 "graph would have the numbers of its first call for ever. Draw with torch, or pass them as arguments"
+                + at_change_of(_state, capture)
             )
     return program
 

@@ -1,11 +1,14 @@
-"""Where in a user's code something is that no frontend was at when it was noticed: found in the code of a class."""
+"""Where in a user's code something is that no frontend was at when it was noticed."""
 
 from __future__ import annotations
 
 import dis
 import inspect
 import linecache
-from types import CodeType
+import sys
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any
 
 from fomoh_fx.passes.provenance import is_hidden, written_line
 
@@ -29,9 +32,36 @@ def at_attribute(kind: type, name: str) -> str:
     read_at = [(code, line) for code in users if (line := _line(code, _READS, name)) is not None]
     reading = [code for code, _ in read_at]
     for code, line in (*((code, line) for code, line in set_at if code in reading), *set_at, *read_at):
-        text = linecache.getline(code.co_filename, line).strip()
-        return f"\n  at {written_line(code.co_filename, line, text)}"
+        return _at(code.co_filename, line)
     return ""
+
+
+def at_change_of(state: Callable[[], Any], run: Callable[[], Any]) -> str:
+    """The same of the user's line after which ``state`` first gives something else, while ``run`` runs."""
+    before, last = state(), ("", 0)
+    found: list[str] = []
+
+    def enter(frame: FrameType, event: str, _: Any) -> Any:
+        return None if found or is_hidden(frame.f_code.co_filename) else notice
+
+    def notice(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal last
+        if not found and last[0] and state() != before:
+            found.append(_at(*last))
+        last = frame.f_code.co_filename, frame.f_lineno
+        return notice
+
+    outer = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        run()
+    finally:
+        sys.settrace(outer)
+    return found[0] if found else ""
+
+
+def _at(file: str, line: int) -> str:
+    return f"\n  at {written_line(file, line, linecache.getline(file, line).strip())}"
 
 
 def _line(code: CodeType, operations: tuple[str, ...], name: str) -> int | None:
