@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from fomoh_fx.capture.dimensions import marks_kept
 from fomoh_fx.capture.inputs import distinct, state_of
+from fomoh_fx.capture.known import erase_answered
 from fomoh_fx.capture.program import Input, Output, Program
 from fomoh_fx.capture.root import Root
 from fomoh_fx.capture.tracing import views_in_any_layout
@@ -35,6 +36,7 @@ def from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Progra
     keeps_draws = inductor_config.patch(fallback_random=True)  # unused ones, too, as the model draws them
     with views_in_any_layout(), keeps_draws:
         exported = decomposed(exported, whole=[*RULES, *COMPOSITES, aten.detach.default])
+    erase_answered(exported.graph)
     arguments = iter(range(len(tensors)))
     inputs = []
     for spec in exported.graph_signature.input_specs:

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomoh_fx.capture.inputs import distinct, state_of
+from fomoh_fx.capture.known import erase_answered
 from fomoh_fx.capture.program import Input, Output, Program
 from fomoh_fx.capture.root import Root
 from fomoh_fx.capture.state import replaced
@@ -41,9 +42,7 @@ def from_make_fx(root: Root, names: Sequence[str], dynamic_shapes: Any, is_expor
         module = record(functional, table)(*fakes)
         for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
             node.replace_all_uses_with(node.args[0])  # how autograd saves a value; the model's own are stop_gradient
-        for node in module.graph.find_nodes(op="call_function", target=aten._local_scalar_dense.default):
-            if not node.users:  # a number that was known: the graph is for it
-                module.graph.erase_node(node)
+        erase_answered(module.graph)
         # functionalized after recording: a model that calls torch.autograd.grad cannot run inside functionalize
         with views_in_any_layout(), torch.no_grad():  # where leaves may change in place
             module = record(torch.func.functionalize(fx.Interpreter(module).run, remove="mutations"))(*fakes)

@@ -48,6 +48,14 @@ def fold_known(program: Program, foreign: Sequence[Tensor]) -> None:
     program.module.recompile()
 
 
+def erase_answered(graph: fx.Graph) -> None:
+    """Erase questions about values that nothing in the graph needs: the answer was known, and the graph is for it."""
+    for target in (aten._local_scalar_dense.default, aten.equal.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            if not node.users:
+                graph.erase_node(node)
+
+
 def _gives_size(node: fx.Node) -> bool:
     has_tag = isinstance(node.target, OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags
     values = pytree.tree_leaves(node.meta.get("val"))

@@ -95,3 +95,18 @@ def test_a_spectral_layer():
     assert relative_error(out.primal, y) < 1e-12
     assert relative_error(out.tangent, tangents) < 1e-10
     assert relative_error(out.hessian(), crosses) < 1e-9
+
+
+def test_an_inverse_transform_of_short_times_of_a_given_length():
+    """PyTorch asks whether its window vanishes somewhere, and knows the answer while it captures."""
+
+    def resynthesised(x):
+        window = torch.hann_window(7, dtype=x.dtype)
+        spectrum = torch.stft(x, 7, 3, window=window, return_complex=True)
+        return torch.istft(spectrum * spectrum.abs(), 7, 3, window=window, length=15).square().sum()
+
+    x, v = (torch.randn(*s, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) for s in ([15], [2, 15]))
+    out = fomoh_fx.transform(resynthesised, wrt="inputs")(x, tangents=(v,))
+    _, slopes, plane = reverse_over_reverse(resynthesised, (x,), (v,))
+    torch.testing.assert_close(out.tangent, slopes)
+    torch.testing.assert_close(out.hessian(), plane)
