@@ -21,6 +21,7 @@ from torch._dynamo import _trace_wrapped_higher_order_op as scalar_indexing
 from torch._functorch import eager_transforms
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributions.dirichlet import _Dirichlet
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -28,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture.aliases import Aliases, is_differentiable, is_view, stopped
-from fomoh_fx.capture.constants import KEEP_STATISTICS
+from fomoh_fx.capture.constants import KEEP_STATISTICS, argument
 from fomoh_fx.capture.constructors import class_of, index_of_elements
 from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.entrances import entrances_noticed
@@ -244,7 +245,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         if func in _ASK_FOR_GRADIENT and func != _IS_LEAF and id(args[0]) in self.learning:
             return self.learning[id(args[0])][1]
         if func in _SET_LEARNING and id(args[0]) in self.names:
-            self.learning[id(args[0])] = args[0], bool((*args[1:], *kwargs.values(), True)[0])
+            self._set_learning(args[0], bool((*args[1:], *kwargs.values(), True)[0]))
             return None if func != torch.Tensor.requires_grad_ else args[0]
         if func in _INDEX:
             args = (args[0], index_of_elements(args[1]), *args[2:])
@@ -305,6 +306,13 @@ class ReverseModeSemantics(TorchFunctionMode):
             self.foreign[id(tensor)] = tensor
         return tensor
 
+    def _set_learning(self, tensor: Tensor, learns: bool) -> None:
+        """What the model says of an input; an argument that has no gradient gets one, for torch.autograd.grad."""
+        self.learning[id(tensor)] = tensor, learns
+        is_given = self.names[id(tensor)].startswith(argument(""))
+        if learns and is_given and not tensor.requires_grad and not isinstance(tensor, FunctionalTensor):
+            tensor.requires_grad_()  # export refuses it
+
     def _used(self, tensor: Tensor) -> Tensor:
         """What a function is given: without derivative, what the model has told not to require a gradient."""
         _, learns = self.learning.get(id(tensor), (tensor, True))
@@ -354,8 +362,8 @@ class ReverseModeSemantics(TorchFunctionMode):
         """An operator of another library that changes its arguments: its functional form, and copies of the results."""
         returned, new = apart(op, functional_form(op)(*args, **kwargs))
         given = named(op, args, kwargs)
-        for argument, value in zip(changed_arguments(op), new, strict=True):
-            for target, result in zip(pytree.tree_leaves(given[argument.name]), pytree.tree_leaves(value), strict=True):
+        for written, value in zip(changed_arguments(op), new, strict=True):
+            for target, result in zip(pytree.tree_leaves(given[written.name]), pytree.tree_leaves(value), strict=True):
                 self._assign(target, result)
         fresh = iter(returned)
         by_alias = {tuple(a.alias_info.before_set): given[a.name] for a in changed_arguments(op)}

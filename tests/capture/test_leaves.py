@@ -117,3 +117,51 @@ def test_a_view_of_what_requires_no_gradient_has_its_memory():
     torch.testing.assert_close(out.primal, loss.detach())
     torch.testing.assert_close(out.tangent[0], slope.sum())
     torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def by_method(x):
+    return x.requires_grad_()
+
+
+def by_attribute(x):
+    x.requires_grad = True
+    return x
+
+
+def where_it_is_a_leaf(x):
+    return x.requires_grad_(True) if x.is_leaf else x
+
+
+class Slopes(nn.Module):
+    """A loss in the derivatives of a network in its input, as Hamiltonian and physics-informed networks have it."""
+
+    def __init__(self, learn, is_frozen_after):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+        self.learn, self.is_frozen_after = learn, is_frozen_after
+
+    def forward(self, x):
+        x = self.learn(x)
+        (slopes,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        if self.is_frozen_after:
+            x.requires_grad_(False)
+        return (slopes.square().sum(-1) + self.net(x).squeeze(-1)).square().mean()
+
+
+@pytest.mark.parametrize("is_frozen_after", [False, True])
+@pytest.mark.parametrize("learn", [by_method, by_attribute, where_it_is_a_leaf])
+def test_an_argument_of_which_the_model_wants_a_gradient(learn, is_frozen_after):
+    model = Slopes(learn, is_frozen_after)
+    tangents = {name: torch.randn(1, *p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+    hd = fomoh_fx.transform(model)
+    for seed in range(2):
+        x = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        out = hd(x, tangents=tangents)
+        leaves = dict(model.named_parameters())
+        gradients = torch.autograd.grad(model(x.clone()), [*leaves.values()], create_graph=True)
+        slope = sum((g * tangents[name][0]).sum() for g, name in zip(gradients, leaves, strict=True))
+        second = torch.autograd.grad(slope, [*leaves.values()], allow_unused=True)
+        products = ((h, tangents[name][0]) for h, name in zip(second, leaves, strict=True) if h is not None)
+        torch.testing.assert_close(out.tangent[0], slope.detach())
+        torch.testing.assert_close(out.cross[0], sum((h * v).sum() for h, v in products))
