@@ -26,5 +26,14 @@ def calls_noticed(notice: Callable[[nn.Module], None]) -> Iterator[None]:
             notice(module)
         return call(module, *args, **kwargs)
 
+    noticed.unnoticed = getattr(call, "unnoticed", call)  # type: ignore[attr-defined]
     with patch.object(nn.Module, "_call_impl", noticed):
+        yield
+
+
+@contextmanager
+def calls_unnoticed() -> Iterator[None]:
+    """Calls are not noticed by those that notice them outside of this, which would keep the modules alive."""
+    call = nn.Module._call_impl
+    with patch.object(nn.Module, "_call_impl", getattr(call, "unnoticed", call)):
         yield

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fomoh_fx.capture.constants import is_small, literal
+from fomoh_fx.capture.modules import calls_unnoticed
 from fomoh_fx.capture.threads import is_capturing
 from fomoh_fx.errors import ArgumentError
 
@@ -62,12 +63,13 @@ def refuse_differentiated(tree: Any) -> None:
 
 @contextmanager
 def outside_of_capture() -> Iterator[None]:
-    """As if no frontend were running a model: none of its modes, and none of its flags."""
+    """As if no frontend were running a model: none of its modes, none of its flags, nobody who notices calls."""
     with ExitStack() as stack:
         for _ in _get_current_function_mode_stack():
             stack.enter_context(_pop_mode_temporarily())
         stack.enter_context(_disable_current_modes())
         stack.enter_context(temporarily_clear_interpreter_stack())
+        stack.enter_context(calls_unnoticed())
         for flag in ("_is_compiling_flag", "_is_exporting_flag"):
             stack.enter_context(patch.object(torch.compiler, flag, False))
         yield

@@ -86,6 +86,14 @@ def test_one_in_the_other(is_warm):
     torch.testing.assert_close(slopes(x), grad(lambda x: grad(potential)(x).pow(2).sum())(x))
 
 
+def test_three_in_functions_that_make_them():
+    """The third derivative, as it is written in an equation's residual."""
+    first = lambda x: fomoh_fx.grad(torch.sin)(x)  # noqa: E731
+    second = lambda x: fomoh_fx.grad(first)(x)  # noqa: E731
+    x = torch.tensor(0.7, dtype=D)
+    torch.testing.assert_close(fomoh_fx.grad(second)(x), -x.cos())
+
+
 def test_beside_transforms_of_torch_inside():
     x = r(4, 3)
 
