@@ -90,6 +90,13 @@ _FACTORIES = {
 }  # fmt: skip
 
 
+#: The same, of the shape and kind of a tensor whose values do not count.
+_LIKE = {
+    torch.ones_like, torch.zeros_like, torch.full_like, torch.Tensor.new_ones, torch.Tensor.new_zeros,
+    torch.Tensor.new_full,
+}  # fmt: skip
+
+
 #: These change the running statistics, and their versions do not tell.
 KEEP_STATISTICS = {
     torch.nn.functional.batch_norm, torch.nn.functional.instance_norm, torch.batch_norm, torch.instance_norm,
@@ -175,14 +182,24 @@ class AsConstants(TorchFunctionMode):
             self.used |= names
             if func in KEEP_STATISTICS:
                 self.changed |= names
-        if self.values is not None and func in _FACTORIES and not kwargs.get("requires_grad"):
-            known = pytree.tree_map(_known, (args, kwargs))
-            if _are_known(known, (args, kwargs)):
+        if self.values is not None and func in _FACTORIES | _LIKE and not kwargs.get("requires_grad"):
+            known, named = pytree.tree_map(_known, (args, kwargs))
+            if func in _LIKE and known:
+                known = _standing_for(args[0]), *known[1:]
+            if _are_known((known, named), (args, kwargs)):
                 with unset_fake_temporarily(), disable_proxy_modes_tracing():
-                    made = func(*known[0], **known[1])
+                    made = func(*known, **named)
                 if isinstance(made, Tensor) and is_small(made):
                     return literal(made)
         return func(*args, **kwargs)
+
+
+def _standing_for(x: Any) -> Tensor | None:
+    """A known tensor of the same kind, None where a size is dynamic."""
+    if not isinstance(x, Tensor) or not all(type(size) is int for size in x.shape):
+        return None
+    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _are_known(known: Any, given: Any) -> bool:

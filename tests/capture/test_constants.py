@@ -130,3 +130,16 @@ def test_an_index_by_sequences_of_tensors():
         value = scattered(model(x), places)
         torch.testing.assert_close(out.primal, value.detach())
         torch.testing.assert_close(out.tangent, torch.autograd.grad(value, model.bias)[0])
+
+
+@pytest.mark.parametrize("make", [lambda x: x.new_ones(()), torch.ones_like, lambda x: torch.full_like(x, 1)])
+def test_numbers_in_a_tensor_like_another_one(make):
+    """As the inverse gamma distribution keeps its exponent, which a divergence compares with another one's."""
+
+    def function(x):
+        exponent = -make(x)
+        return (x**exponent if exponent.eq(-1).all().item() else x).sum()
+
+    x, v = torch.tensor([2.0, 3.0], dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64)
+    out = fomoh_fx.transform(function, wrt="inputs")(x, tangents=(v,))
+    torch.testing.assert_close(out.cross[0], (2 / x**3).sum())
