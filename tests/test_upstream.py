@@ -126,6 +126,36 @@ def test_reverse_mode_of_batch_norm_is_still_wrong_for_one_sample_in_an_odd_layo
     assert relative_error(found, gradient / (1 + norm.eps) ** 0.5) > 1e-3, "PyTorch has repaired it"
 
 
+def test_reverse_mode_of_weight_norm_is_still_wrong_at_second_order() -> None:
+    """Its backward takes the norm that it has saved for a constant, as in weight_norm(dim=0) of every layer."""
+    direction, scale, weights = _normal(3, 2), torch.ones(3, 1, dtype=torch.float64), _normal(3, 2)
+
+    def function(v: Tensor) -> Tensor:
+        return (torch._weight_norm(v, scale, 0).sin() * weights).sum()
+
+    v = _normal(2, 3, 2)[1:]
+    _, _, by_reverse_mode = reverse_over_reverse(function, (direction,), (v,))
+    h = 1e-4
+    values = [function(direction + step * h * v[0]) for step in (1, 0, -1)]
+    expected = (values[0] - 2 * values[1] + values[2]) / h**2
+    out = fomoh_fx.transform(function, wrt="inputs")(direction, tangents=(v,))
+    torch.testing.assert_close(out.cross[0], expected, rtol=1e-5, atol=1e-5)
+    assert relative_error(by_reverse_mode[0, 0], expected) > 1e-2
+
+
+def test_reverse_mode_of_scatter_reduce_still_counts_what_is_left_out() -> None:
+    """The largest of what is scattered, with include_self=False: a tie with the excluded value takes a share."""
+    x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return torch.ones(1, dtype=x.dtype).scatter_reduce(0, torch.tensor([0, 0]), x, "amax", include_self=False)
+
+    (gradient,) = torch.autograd.grad(function(x).sum(), x)
+    torch.testing.assert_close(gradient, torch.full_like(x, 1 / 3))
+    out = fomoh_fx.transform(function, wrt="inputs")(x.detach(), tangents=(torch.eye(2, dtype=x.dtype),))
+    torch.testing.assert_close(out.tangent[:, 0], torch.full_like(gradient, 1 / 2))
+
+
 def test_a_custom_function_still_loses_second_order_terms() -> None:
     class Cube(torch.autograd.Function):
         @staticmethod
