@@ -39,7 +39,7 @@ def _rows(node: fx.Node) -> Operands:
 def _summed(node: fx.Node) -> Operands:
     x, dims, *keep = cast("tuple[fx.Node, list[int], Any]", node.args)
     value = value_of(x)
-    if keep != [True] or value is None:
+    if keep != [True] or value is None or not dims:  # no axes means all of them
         return {}
     return {x: {d % value.ndim - value.ndim for d in dims}}
 

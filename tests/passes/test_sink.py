@@ -54,6 +54,10 @@ KEPT = {
     "all rows": lambda r, f, w: r.expand(3, 5, 4) * f,
     "the columns of a product": lambda r, f, w: linear(r[..., :1].expand(3, 1, 4), w),
     "a sum over what is repeated": lambda r, f, w: summed(r.expand(3, 5, 4), [1]),
+    "a sum over all axes": lambda r, f, w: summed(r.expand(3, 5, 4), []),
+    "a product with a vector": lambda r, f, w: linear(r.expand(3, 5, 4), w[0]),
+    "a bias for each row": lambda r, f, w: aten.linear.default(r[0].expand(5, 4), w, f[0, :, :1]),
+    "a product with itself": lambda r, f, w: linear(x := r[0].expand(5, 4), x),
     "a sum that leaves no axis": lambda r, f, w: summed(r.expand(3, 5, 4), [0], False),
     "two axes, one of them needed": lambda r, f, w: r[:1].expand(3, 5, 4) + f[:, :1],
 }
