@@ -13,7 +13,7 @@ settings.register_profile("thorough", settings.get_profile("quick"), max_example
 settings.load_profile("quick")
 
 
-TURN, TURNS = "FOMOH_FX_TURN", 4
+TURN, TURNS = "FOMOH_FX_TURN", 7
 
 
 def pytest_configure() -> None:
@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every",
         action="store_true",
-        help="run every model, and compile it, not only a quarter of them and one of each kind",
+        help="run every model, and compile it, not only a seventh of them and one of each kind",
     )
 
 
@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the tests marked ``by_turns`` another quarter runs every day, unless they are asked for one by one."""
+    """Of the tests marked ``by_turns`` another seventh runs every day, unless they are asked for one by one."""
     if config.getoption("--every") or any("::" in argument for argument in config.args):
         return
     taking_turns = [item for item in items if item.get_closest_marker("by_turns")]

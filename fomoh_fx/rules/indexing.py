@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.rules.joint import padded
 from fomoh_fx.rules.linear import in_storage_order, jointly, mapped, storage_index
 from fomoh_fx.rules.registry import Composite, Rule, register
 from fomoh_fx.rules.stacking import align, axis
+from fomoh_fx.sizes import known
 
 aten = torch.ops.aten
 Part = Tensor | None
@@ -236,14 +237,19 @@ def _written(form: Callable[..., Tensor]) -> Rule:
 
 
 def _overlaps_itself(x: Tensor) -> bool:
-    """Whether different indices lead to one place, other than along an expanded axis, which a copy writes out."""
-    reach: int | SymInt = 0
-    if any(statically_known_true(s == 0) for n, s in zip(x.shape, x.stride(), strict=True) if n != 1):
+    """Whether different indices lead to one place, other than along an expanded axis, which a copy writes out.
+
+    Dynamic sizes count as at the first call. Where the data decide one, the layout is taken for one without overlaps.
+    """
+    axes = [(known(stride), known(size)) for stride, size in zip(x.stride(), x.shape, strict=True)]
+    longer = [(stride, size) for stride, size in axes if stride is not None and size is not None and size > 1]
+    if len(longer) < sum(size != 1 for _, size in axes) or any(stride == 0 for stride, _ in longer):
         return False
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1 and statically_known_true(stride <= reach):
+    reach = 0
+    for stride, size in sorted(longer):
+        if stride <= reach:
             return True
-        reach = reach + (size - 1) * stride
+        reach += (size - 1) * stride
     return False
 
 
