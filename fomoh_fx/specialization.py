@@ -20,7 +20,7 @@ from fomoh_fx.capture.layouts import has_its_layouts
 from fomoh_fx.capture.nested import Part, is_a_part
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.reading import Reader, Reading, kind_of, unusual_strides_of
-from fomoh_fx.errors import CaptureError
+from fomoh_fx.errors import CaptureError, FomohError
 from fomoh_fx.failures import explain
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.low_rank import factors
@@ -245,10 +245,14 @@ class Evaluation:
         try:
             return self.specialization(self.tensors, self.stacks, self.given)
         except Exception as error:
-            if self.specialization.run is not self.specialization.compiled.final and not _is_out_of_memory(error):
+            if self._runs_a_program() and not isinstance(error, FomohError) and not _is_out_of_memory(error):
                 self._operator_by_operator()
             explain(error)
             raise
+
+    def _runs_a_program(self) -> bool:
+        """Whether the graph is lowered, and no part of a model that is captured, which would record a second run."""
+        return self.specialization.run is not self.specialization.compiled.final and not is_a_part()
 
     def _operator_by_operator(self) -> None:
         """Raise what a compiled program raised, from the operator that does; those programs do not know their lines."""
@@ -262,7 +266,7 @@ class Evaluation:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 def outside_of(program: Program) -> Reading:

@@ -443,6 +443,13 @@ def compile(hd: HyperDualModule, **options: Any) -> HyperDualModule:
     return compiled
 
 
+def _reaches(program: Program, seeds: Sequence[int], outputs: Sequence[int]) -> bool:
+    """Whether one of these outputs depends on one of these inputs."""
+    results = [program.results[i] for i in outputs]
+    varied = analyse(program.module.graph, [program.placeholders[i] for i in seeds], results).varied
+    return any(result in varied for result in results)
+
+
 def _refuse_fixed(program: Program, dims: list[dict[int, Any]]) -> None:
     """A dimension that was marked dynamic must not have been fixed by the model or by a rule."""
     for node, what in zip(program.placeholders, program.inputs, strict=True):
@@ -463,13 +470,6 @@ _UNTRACED = (
 
 
 @torch.compiler.disable(reason=_UNTRACED)
-def _reaches(program: Program, seeds: Sequence[int], outputs: Sequence[int]) -> bool:
-    """Whether one of these outputs depends on one of these inputs."""
-    results = [program.results[i] for i in outputs]
-    varied = analyse(program.module.graph, [program.placeholders[i] for i in seeds], results).varied
-    return any(result in varied for result in results)
-
-
 def _refuse_untraced() -> HyperDual:
     raise SpecialisationError(_UNTRACED)
 

@@ -7,6 +7,7 @@ import inspect
 import linecache
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import CodeType, FrameType
 from typing import Any
 
@@ -54,7 +55,8 @@ def at_change_of(state: Callable[[], Any], run: Callable[[], Any]) -> str:
     outer = sys.gettrace()
     sys.settrace(enter)
     try:
-        run()
+        with suppress(Exception):  # with other numbers it may fail, and what is to be told is where they come from
+            run()
     finally:
         sys.settrace(outer)
     return found[0] if found else ""
