@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,14 +19,17 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd.function import Function
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fomoh_fx.errors import UnsupportedOpError
+from fomoh_fx.literals import FUNCTIONS as NAMESPACE
+from fomoh_fx.literals import KnownFactories, among_values, known, known_literals, literal
+from fomoh_fx.value_numbers import ValueNumbers
 
-library = torch.library.Library("fomoh_fx_functions", "DEF")
-namespace = torch.ops.fomoh_fx_functions
+library = torch.library.Library(NAMESPACE, "DEF")
+namespace = getattr(torch.ops, NAMESPACE)
 
 FUNCTIONS: dict[Any, Any] = {}  # by operator: the Function, or the Python function of a Triton kernel
 CALLS: dict[int, Any] = {}
@@ -46,7 +49,7 @@ def operator_of(function: Any) -> OpOverload:
             name += "_"
         library.define(f"{name}(Tensor[] inputs, int call) -> Tensor[]")
         library.impl(name, _value, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fomoh_fx_functions::{name}", _shape, lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _shape, lib=library)
         library.impl(name, _under_autograd, "Autograd")
         op = getattr(namespace, name).default
         _OPERATORS[function], FUNCTIONS[op] = op, function
@@ -60,6 +63,13 @@ def refuse_sizes(name: str, arguments: Any) -> None:
             f"an argument of {name} depends on a dynamic dimension: a custom Function or a Triton kernel takes numbers "
             "that are known at capture, so leave that dimension static, or let it read the size from a tensor's shape"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenOut:
+    """A tensor whose value is known when a call is recorded, so that the Function may branch on it."""
+
+    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -81,13 +91,35 @@ class Template:
     def has_leaves_of(self, other: Template) -> bool:
         """Whether both have the same structure around the same objects."""
         same = len(self.leaves) == len(other.leaves) and self.spec == other.spec and self.is_tensor == other.is_tensor
-        return same and all(a is b for a, b in zip(self.leaves, other.leaves, strict=True))
+        return same and all(map(_is_same, self.leaves, other.leaves))
 
     def fill(self, tensors: Sequence[Any]) -> Any:
         """The pytree with other values in place of the tensors."""
         mine = iter(tensors)
-        filled = [next(mine) if t else leaf for t, leaf in zip(self.is_tensor, self.leaves, strict=True)]
+        filled = [next(mine) if t else _written_out(leaf) for t, leaf in zip(self.is_tensor, self.leaves, strict=True)]
         return pytree.tree_unflatten(filled, self.spec)
+
+
+def with_known(tree: Any) -> Any:
+    """The arguments of a Function with :class:`WrittenOut` in place of tensors whose values are known."""
+
+    def replaced(x: Tensor) -> Any:
+        value = None if x.requires_grad else known(x)
+        with among_values():
+            return x if value is None else WrittenOut(value.clone())
+
+    return pytree.tree_map_only(Tensor, replaced, tree)
+
+
+def _written_out(leaf: Any) -> Any:
+    return literal(leaf.value) if isinstance(leaf, WrittenOut) else leaf
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if not (isinstance(a, WrittenOut) and isinstance(b, WrittenOut)):
+        return a is b
+    with among_values():
+        return a.value.dtype == b.value.dtype and torch.equal(a.value, b.value)
 
 
 class FunctionCall:
@@ -117,8 +149,10 @@ class FunctionCall:
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The values of the tensors among the results."""
-        with torch.no_grad(), _Watch(tensors) as watch:
-            results = apply_function(self.function, *self.arguments.fill(tensors))
+        with torch.no_grad(), _users_code():
+            arguments = self.arguments.fill(tensors)
+            with _Watch(Template.of(arguments)[1]) as watch:
+                results = apply_function(self.function, *arguments)
         self.draws |= watch.draws
         if watch.changes:
             raise UnsupportedOpError(
@@ -141,7 +175,7 @@ class FunctionCall:
             return self.results_of(Template.of(args)[1])
 
         def forward(ctx: Any, *args: Any) -> Any:
-            with torch._C.DisableTorchFunction():
+            with _users_code():
                 inside, outside = function.forward(ctx, *args), value(args)
                 inputs = {id(t) for t in Template.of(args)[1]}
                 pairs = zip(Template.of(inside)[1], Template.of(outside)[1], strict=True)
@@ -160,7 +194,8 @@ class FunctionCall:
     def connect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The same, connected to the Function's backward."""
         self.check_derivable()
-        return Template.of(apply_function(self.recorded, *self.arguments.fill(tensors)))[1]
+        with known_literals():
+            return Template.of(apply_function(self.recorded, *self.arguments.fill(tensors)))[1]
 
     @cached_property
     def operator(self) -> FunctionOperator:
@@ -260,6 +295,18 @@ def _under_autograd(inputs: list[Tensor], call: int) -> list[Tensor]:
     return record.connect(inputs)
 
 
+@contextmanager
+def _users_code() -> Iterator[None]:
+    """While a forward runs, what it writes out and computes alike is known, and no other mode notices its calls."""
+    with ExitStack() as stack:
+        for _ in _get_current_function_mode_stack():
+            stack.enter_context(_pop_mode_temporarily())
+        stack.enter_context(torch._C._EnableTorchFunction())
+        for known_there in (known_literals(), KnownFactories(), ValueNumbers()):
+            stack.enter_context(known_there)
+        yield
+
+
 class _Watch(TorchDispatchMode):
     """Notes whether random numbers are drawn, and whether the memory of one of the tensors is written to."""
 
@@ -330,7 +377,7 @@ class FunctionOperator:
         self.record, self.function = record, record.function
 
     def __call__(self, *args: Any) -> Any:
-        template, tensors = Template.of(args)
+        template, tensors = Template.of(with_known(args))
         if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
             return forward_of(self.function, args)
         same = template.has_leaves_of(self.record.arguments)

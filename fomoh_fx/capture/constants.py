@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-MOST = 4096  # elements of a tensor whose values frontends keep
+from fomoh_fx.literals import KnownFactories, among_values, is_small, literal
 
 
 def candidates(root: nn.Module, arguments: Sequence[Tensor], are_static: bool) -> Iterator[dict[str, Tensor]]:
@@ -60,41 +58,8 @@ def argument(index: int | str) -> str:
     return f"argument {index}"
 
 
-def is_small(x: Tensor) -> bool:
-    return 0 < x.numel() <= MOST and x.layout == torch.strided and not x.is_complex()
-
-
 def _is_whole(x: Tensor) -> bool:
     return not x.is_floating_point()
-
-
-def literal(x: Tensor) -> Tensor:
-    """The same values written out: a frontend knows those."""
-    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
-        values, dtype, device = x.tolist(), x.dtype, x.device
-    return torch.tensor(values, dtype=dtype, device=device)
-
-
-def _known(x: Any) -> Any:
-    """The value of a tensor that the frontend knows, None if it does not; what is no tensor itself."""
-    while isinstance(x, FunctionalTensor):
-        x = torch._from_functional_tensor(x.elem)
-    return x.constant if isinstance(x, FakeTensor) else None if isinstance(x, Tensor) else x
-
-
-#: What makes tensors of numbers inside, which a frontend then does not know; of known tensors, too.
-_FACTORIES = {
-    torch.arange, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones, torch.tril_indices,
-    torch.triu_indices, torch.zeros, torch.scalar_tensor, torch.where, torch.Tensor.where, torch.nn.functional.one_hot,
-    torch.hann_window, torch.hamming_window, torch.blackman_window, torch.bartlett_window, torch.kaiser_window,
-}  # fmt: skip
-
-
-#: The same, of the shape and kind of a tensor whose values do not count.
-_LIKE = {
-    torch.ones_like, torch.zeros_like, torch.full_like, torch.Tensor.new_ones, torch.Tensor.new_zeros,
-    torch.Tensor.new_full,
-}  # fmt: skip
 
 
 #: These change the running statistics, and their versions do not tell.
@@ -104,7 +69,7 @@ KEEP_STATISTICS = {
 }  # fmt: skip
 
 
-class AsConstants(TorchFunctionMode):
+class AsConstants(KnownFactories):
     """Puts constants, whose values a frontend knows, in the place of tensors while a model runs under it.
 
     Attributes:
@@ -143,7 +108,7 @@ class AsConstants(TorchFunctionMode):
             fake = torch._from_functional_tensor(fake.elem)
         if not isinstance(fake, FakeTensor):
             return
-        with unset_fake_temporarily(), disable_proxy_modes_tracing():
+        with among_values():
             fake.constant = value.clone()
         fake.fake_mode.fake_tensor_converter.add_constant_storage_mapping(fake)
         self._known.append(fake)
@@ -182,28 +147,4 @@ class AsConstants(TorchFunctionMode):
             self.used |= names
             if func in KEEP_STATISTICS:
                 self.changed |= names
-        if self.values is not None and func in _FACTORIES | _LIKE and not kwargs.get("requires_grad"):
-            known, named = pytree.tree_map(_known, (args, kwargs))
-            if func in _LIKE and known:
-                known = _standing_for(args[0]), *known[1:]
-            if _are_known((known, named), (args, kwargs)):
-                with unset_fake_temporarily(), disable_proxy_modes_tracing():
-                    made = func(*known, **named)
-                if isinstance(made, Tensor) and is_small(made):
-                    return literal(made)
-        return func(*args, **kwargs)
-
-
-def _standing_for(x: Any) -> Tensor | None:
-    """A known tensor of the same kind, None where a size is dynamic."""
-    if not isinstance(x, Tensor) or not all(type(size) is int for size in x.shape):
-        return None
-    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _are_known(known: Any, given: Any) -> bool:
-    """Whether every tensor has a value, and no dynamic size is among the arguments."""
-    dynamic = (torch.SymInt, torch.SymFloat, torch.SymBool)
-    pairs = zip(pytree.tree_leaves(known), pytree.tree_leaves(given), strict=True)
-    return not any(isinstance(leaf, dynamic) or (isinstance(leaf, Tensor) and value is None) for value, leaf in pairs)
+        return func(*args, **kwargs) if self.values is None else super().__torch_function__(func, types, args, kwargs)

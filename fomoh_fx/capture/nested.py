@@ -18,10 +18,10 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporar
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fomoh_fx.capture.constants import is_small, literal
 from fomoh_fx.capture.modules import calls_unnoticed
 from fomoh_fx.capture.threads import is_capturing
 from fomoh_fx.errors import ArgumentError
+from fomoh_fx.literals import is_small, literal
 
 
 def is_a_part() -> bool:

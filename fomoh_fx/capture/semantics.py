@@ -34,25 +34,20 @@ from fomoh_fx.capture.constructors import class_of, index_of_elements
 from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.entrances import entrances_noticed
 from fomoh_fx.capture.untraceable import dropout, traceable
-from fomoh_fx.custom_functions import FunctionCall, Template, apply_of_library, functions_called, of_library
+from fomoh_fx.custom_functions import (
+    FunctionCall,
+    Template,
+    apply_of_library,
+    functions_called,
+    of_library,
+    with_known,
+)
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
 from fomoh_fx.functional_forms import apart, changed_arguments, changes_arguments, functional_form, named
 from fomoh_fx.passes.data_sizes import DECIDED_BY_DATA
 from fomoh_fx.triton_kernels import LAUNCH, launch
 
 ops = torch.ops.fomoh_fx
-
-
-def _record_function(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-    if function is torch.utils.checkpoint.CheckpointFunction:  # recomputation changes memory, not derivatives
-        run, _preserve_random_state, *inputs = args
-        return run(*inputs)
-    if function is _Dirichlet:  # whose operator has a rule
-        return torch._sample_dirichlet(*args)
-    if of_library(function):  # the operator itself is recorded
-        return apply_of_library(function, *args)
-    template, tensors = Template.of(args)
-    return FunctionCall(function, template).results_of(tensors)
 
 
 _UNDER_TRANSFORMS = torch.autograd.function.custom_function_call
@@ -180,7 +175,7 @@ class ReverseModeSemantics(TorchFunctionMode):
         self._patches = ExitStack()
 
     def __enter__(self) -> ReverseModeSemantics:
-        self._patches.enter_context(functions_called(_record_function))
+        self._patches.enter_context(functions_called(self._record_function))
         self._patches.enter_context(higher_order_operators())
         self._patches.enter_context(entrances_noticed(lambda tensor: self._used(self.own(tensor))))
         # PyTorch's own Function for x[i] under vmap, as masks of attention are made: an index, and its derivative
@@ -292,6 +287,17 @@ class ReverseModeSemantics(TorchFunctionMode):
             for statistic in _statistics(func, args, kwargs):
                 self._aliases.note(statistic)
         return result
+
+    def _record_function(self, function: type[torch.autograd.Function], *args: Any) -> Any:
+        if function is torch.utils.checkpoint.CheckpointFunction:  # recomputation changes memory, not derivatives
+            run, _preserve_random_state, *inputs = args
+            return run(*inputs)
+        if function is _Dirichlet:  # whose operator has a rule
+            return torch._sample_dirichlet(*args)
+        if of_library(function):  # the operator itself is recorded
+            return apply_of_library(function, *args)
+        template, tensors = Template.of(with_known(pytree.tree_map_only(Tensor, self.own, args)))
+        return FunctionCall(function, template).results_of(tensors)
 
     def own(self, tensor: Tensor) -> Tensor:
         """What stands for the tensor in the run: another one for a foreign tensor that is known, itself otherwise."""

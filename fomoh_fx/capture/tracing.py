@@ -19,10 +19,10 @@ from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 
 from fomoh_fx.capture.averages import cumulative_averages_recorded
 from fomoh_fx.capture.constructors import constructors_recorded
-from fomoh_fx.capture.literals import known_literals
 from fomoh_fx.capture.root import Root
 from fomoh_fx.capture.state import STANDARD
 from fomoh_fx.containers import children
+from fomoh_fx.literals import known_literals
 
 aten = torch.ops.aten
 

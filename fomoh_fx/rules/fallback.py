@@ -25,6 +25,7 @@ from fomoh_fx.custom_functions import CALLS, FUNCTIONS, apply_of_library, functi
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.functional_forms import CHANGING
 from fomoh_fx.hyperdual import Components, HyperDual, Undefined, add
+from fomoh_fx.literals import known_literals
 from fomoh_fx.passes.activity import analyse
 from fomoh_fx.passes.dataflow import draws
 from fomoh_fx.passes.eliminate import eliminate
@@ -326,7 +327,8 @@ def _connected(op: Any, which: Sequence[int], args: Any, kwargs: Any) -> list[bo
 def _push_function(op: Any, which: Sequence[int], tangents: Sequence[Tensor], inputs: Any, call: int) -> Any:
     """T of a custom autograd Function: its backward, transposed."""
     try:
-        return transposed(op, which, tangents, inputs, call)
+        with known_literals():
+            return transposed(op, which, tangents, inputs, call)
     except Exception as error:  # whatever the user's backward raises on tensors that are being traced
         name = CALLS[call].function.__name__
         raise UnsupportedOpError(

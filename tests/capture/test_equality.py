@@ -57,3 +57,61 @@ def of_two_arguments(x):
 def test_what_the_data_decide_is_refused(model):
     with pytest.raises(CaptureError, match=r"torch\.equal"):
         fomoh_fx.transform(model, wrt="inputs")(X, tangents=(V,))
+
+
+class Covariance(torch.autograd.Function):
+    """As a library of kernels has it: backward takes what forward saves."""
+
+    @staticmethod
+    def forward(ctx, x1, x2, length, between):
+        squares = between(x1.div(length), x2.div(length))
+        value = squares.clone().div_(-2.0).exp_()
+        ctx.save_for_backward(squares.mul_(value).div_(length))
+        return value
+
+    @staticmethod
+    def backward(ctx, g):
+        return None, None, g * ctx.saved_tensors[0], None
+
+
+class Kernel(torch.nn.Module):
+    def __init__(self, between, call=Covariance.apply):
+        super().__init__()
+        self.between, self.call = between, call
+        self.length = torch.nn.Parameter(torch.tensor([[0.7]], dtype=torch.float64))
+
+    def forward(self, x):
+        return (self.call(x, x, self.length.exp(), self.between) * x[:, :1]).square().sum()
+
+
+def plain(x1, x2, length, between):
+    return (-between(x1 / length, x2 / length) / 2).exp()
+
+
+def test_inside_a_function():
+    hd, v = fomoh_fx.transform(Kernel(distances)), torch.tensor([[[1.0]], [[-2.0]]], dtype=torch.float64)
+    out = hd(X, tangents={"length": v})
+    same = Kernel(distances, plain)
+
+    def truth(length):
+        return torch.func.functional_call(same, {"length": length}, (X,))
+
+    _, slopes, plane = reverse_over_reverse(truth, (same.length,), (v,))
+    assert relative_error(out.tangent, slopes) < 1e-12
+    assert relative_error(out.hessian(), plane) < 1e-12
+
+
+def by_a_number_each(x1, x2):
+    return distances(x1 / 3, x2 / 4)
+
+
+def after_a_change(x1, x2):
+    x1 = x1 + 0
+    x1[0].add_(1)
+    return distances(x1, x2)
+
+
+@pytest.mark.parametrize("between", [by_a_number_each, after_a_change])
+def test_inside_a_function_what_the_data_decide_is_refused(between):
+    with pytest.raises(CaptureError, match=r"torch\.equal"):
+        fomoh_fx.transform(Kernel(between))(X, tangents={"length": torch.ones(1, 1, 1).to(X)})

@@ -1,13 +1,16 @@
 """Tensors that a model writes out: their values may decide a branch, until others are written there."""
 
+from typing import Any
+
 import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fomoh_fx
-from fomoh_fx.errors import CaptureError
+from fomoh_fx.errors import CaptureError, FomohError
 from tests.models.checking import Problem, check_call
+from tests.oracle import relative_error, reverse_over_reverse
 from tests.rules.checking import Sample, check
 
 
@@ -295,3 +298,80 @@ def test_numbers_beside_them_keep_their_kind() -> None:
     x = torch.tensor([2.5, 1.0, 4.0])
     out = fomoh_fx.transform(f, wrt="inputs")(x, tangents=(torch.ones(1, 3),))
     torch.testing.assert_close(out.primal, f(x))
+
+
+class Windowed(torch.autograd.Function):
+    """Branches and loops on its second argument, forward and backward, and on what it makes of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ends: Tensor) -> Tensor:
+        steps = torch.arange(0, 4) * ends[1]
+        y = x * 0
+        for low, high in zip(steps[:-1], steps[1:], strict=True):
+            y = y + (x[int(low) : int(high)].sin().sum() if high > low else x.cos().sum())
+        ctx.save_for_backward(x, ends)
+        return y.sum() * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        x, ends = ctx.saved_tensors
+        n = int(3 * ends[1])
+        inside = torch.cat([x[:n].cos(), 0 * x[n:]])
+        return g * len(x) * x[:n].sin().sum() + inside * len(x) * (g * x).sum(), None
+
+
+def same_as_windowed(x: Tensor, ends: Tensor) -> Tensor:
+    return len(x) * x[: 3 * int(ends[1])].sin().sum() * x
+
+
+class WritingThere(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, calls: Tensor) -> Tensor:
+        calls.add_(1)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
+
+
+class WithEnds(nn.Module):
+    """The same with a buffer."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.call, self.ends = call, nn.Buffer(torch.tensor([0, 2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x.exp(), self.ends).square().sum()
+
+
+def test_a_function_may_branch_on_what_is_known() -> None:
+    x, v = r(7), r(2, 7)
+    written = fomoh_fx.transform(lambda x: Windowed.apply(x.exp(), torch.tensor([0, 2])).square().sum(), wrt="inputs")
+    module = WithEnds(Windowed.apply)
+    kept = fomoh_fx.transform(module, wrt="inputs")
+    for end in (2, 1):
+        module.ends.copy_(torch.tensor([0, end]))
+        for hd, truth in ((kept, WithEnds(same_as_windowed)), (written, WithEnds(same_as_windowed))):
+            if hd is kept:
+                truth.ends.copy_(module.ends)
+            out, (_, slopes, plane) = hd(x, tangents=[v]), reverse_over_reverse(truth, [x], [v])
+            assert relative_error(out.tangent, slopes) < 1e-12
+            assert relative_error(out.hessian(), plane) < 1e-12
+
+
+def test_a_buffer_that_a_function_does_not_get_is_no_constant() -> None:
+    module = WithEnds(Windowed.apply)
+    module.calls, module.scale = nn.Buffer(torch.tensor([3])), nn.Buffer(torch.tensor([0.5]))
+    hd, x, v = fomoh_fx.transform(module, wrt="inputs"), r(7), r(2, 7)
+    for _ in range(2):
+        hd(x, tangents=[v])
+        module.calls += 1
+        module.scale *= 2
+    assert len(hd._traced) == 1
+
+
+def test_a_function_that_changes_what_is_known_is_refused() -> None:
+    with pytest.raises(FomohError, match="WritingThere changes its arguments in place"):
+        fomoh_fx.transform(lambda x: WritingThere.apply(x, torch.tensor([0])), wrt="inputs")(r(3), tangents=[r(2, 3)])
