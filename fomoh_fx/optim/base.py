@@ -22,9 +22,9 @@ from torch.utils import _pytree as pytree
 from fomoh_fx import lower
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.hyperdual import HyperDual, SecondOrder
-from fomoh_fx.optim.checks import at_least_zero
+from fomoh_fx.optim.checks import at_least_zero, is_bool
 from fomoh_fx.optim.directions import Batch, Directions
-from fomoh_fx.optim.groups import groups_of, members, named, rename, trained
+from fomoh_fx.optim.groups import check_rates, groups_of, members, named, rename, trained
 from fomoh_fx.optim.program import Program, is_own
 from fomoh_fx.optim.record import StepRecord
 from fomoh_fx.optim.replay import Replay
@@ -102,6 +102,11 @@ class ForwardOptimizer(torch.optim.Optimizer):
             is given it is 0.1 for all that use curvature, None for FGD.
         diagnostics: whether :attr:`last_step` tells about every step, the loss after it included (one more evaluation
             of the value, and with weight decay a copy of the parameters).
+
+    Raises:
+        ArgumentError: ``hd`` is no transformed module, has derivatives in the inputs, or was lowered in a way that
+            cannot be repeated; ``lr``, ``weight_decay`` or ``largest_rise`` is no finite number of at least zero;
+            ``params`` are not the model's, not selected by ``hd.wrt``, none, or without order; an option is unknown.
     """
 
     second_order: ClassVar[SecondOrder]
@@ -132,6 +137,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         weight_decay = options.get("weight_decay", 0.0)
         at_least_zero("lr", lr)
         at_least_zero("weight_decay", weight_decay)
+        is_bool("diagnostics", self.diagnostics)
         if self.largest_rise is not None:
             at_least_zero("largest_rise", self.largest_rise)
         super().__init__(groups_of(options.get("params"), self.hd), {"lr": lr, "weight_decay": weight_decay})
@@ -167,9 +173,14 @@ class ForwardOptimizer(torch.optim.Optimizer):
         Returns:
             The loss before the step, 0-dim. Where it, a derivative, or what the step would lead to is not finite, the
             parameters and the model's state stay as they are and the step is counted in :attr:`skipped`.
+
+        Raises:
+            ArgumentError: the model's result and the loss are no scalar, none of the parameters is trained, one of them
+                is no longer the model's, or a group's ``lr`` or ``weight_decay`` is no finite number of at least zero.
         """
         batch = self._batch(*_normal((args, kwargs, targets)))
         rename(self.param_groups, dict(self.hd.module.named_parameters()))
+        check_rates(self.param_groups)
         directions = self.directions.propose(trained(self.param_groups), batch)
         evaluate = self.hd.prepare(*batch.args, tangents=directions, **batch.keywords)
         state = State(self.hd, evaluate)

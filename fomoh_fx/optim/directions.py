@@ -14,6 +14,7 @@ from torch import Tensor
 from fomoh_fx import lower
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.low_rank import dense
+from fomoh_fx.optim.checks import is_bool
 from fomoh_fx.optim.samplers import SAMPLERS, Proposed, Sampler, Stacks, dimension_of, scaled, unit_scale
 from fomoh_fx.optim.streams import Streams
 
@@ -84,6 +85,7 @@ class RandomDirections(Directions):
         if not callable(sampler) and (not isinstance(sampler, str) or sampler not in SAMPLERS):
             known = f'{tuple(SAMPLERS)}, of FoMoHKD also "activity",'
             raise ArgumentError(f"sampler: expected one of {known} or a function, got {sampler!r}")
+        is_bool("previous_step", previous_step)
         if previous_step and count == 1:
             raise ArgumentError(
                 "directions: with previous_step=True the last one is the step before, which alone would never change; "

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fomoh_fx.errors import ArgumentError
+from fomoh_fx.optim.checks import at_least_zero
 from fomoh_fx.seeds import selected_parameters
 from fomoh_fx.transform import HyperDualModule
 
@@ -61,6 +62,17 @@ def named(params: Any, hd: HyperDualModule) -> list[tuple[str, nn.Parameter]]:
     if not found:
         raise ArgumentError("params: there is none in a group")
     return found
+
+
+def check_rates(groups: Iterable[Group]) -> None:
+    """Raise an ArgumentError unless every rate and decay is a finite number of at least zero.
+
+    Schedulers and users set them between steps. A tensor's value is left alone: reading it would wait for the device.
+    """
+    for group in groups:
+        for option in ("lr", "weight_decay"):
+            if not isinstance(group[option], Tensor):
+                at_least_zero(option, group[option])
 
 
 def members(groups: Iterable[Group]) -> Iterator[tuple[Group, str, nn.Parameter]]:

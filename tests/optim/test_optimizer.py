@@ -441,6 +441,24 @@ def test_an_option_that_there_is_not_is_refused(optimizer):
             optimizer(hd, **unknown)
 
 
+@pytest.mark.parametrize("rate", [None, -1.0, float("nan"), float("inf"), "0.1"])
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+def test_a_rate_that_is_set_between_steps_is_looked_at(option, rate):
+    hd, x, targets = classifier()
+    opt = FGD(hd, seed=0)
+    before = [p.clone() for p in hd.parameters()]
+    opt.param_groups[0][option] = rate
+    with pytest.raises(ArgumentError, match=f"^{option}: expected a finite number"):
+        opt.step(x, targets=targets)
+    assert all(map(torch.equal, before, hd.parameters()))
+
+
+@pytest.mark.parametrize("option", ["diagnostics", "previous_step"])
+def test_what_is_neither_true_nor_false_is_refused(option):
+    with pytest.raises(ArgumentError, match=f"^{option}: expected True or False, got 'no'"):
+        FoMoHKD(fomoh_fx.transform(Quadratic()), **{option: "no"})
+
+
 def test_options_that_a_group_does_not_have_are_refused():
     model = Quadratic()
     hd = fomoh_fx.transform(model)
