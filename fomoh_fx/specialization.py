@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.source import LocalSource
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Program
@@ -31,6 +33,8 @@ from fomoh_fx.passes.pipeline import Compiled, copy_of
 from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.seeds import Seeds, axes_alike, once
 from fomoh_fx.signature import Signature, argument_kind_of, modes, modules_of
+
+_BY_LAYOUT = re.compile(r"\.(stride|storage_offset)\(\)")
 
 
 @dataclass
@@ -123,8 +127,12 @@ class Specialization:
             return False
 
     @cached_property
-    def guards(self) -> tuple[Any, str | None]:
-        """What the model and the rules assumed of the dynamic sizes, as PyTorch evaluates it for tensors."""
+    def guards(self) -> tuple[Any, str]:
+        """What the model and the rules assumed of the dynamic sizes, as PyTorch evaluates it for tensors.
+
+        Where the tensors lie in memory is no part of it: that is compared where a graph goes by it
+        (:mod:`fomoh_fx.capture.layouts`).
+        """
         arguments = [
             (what.index, node.meta["val"])
             for what, node in zip(self.program.inputs, self.program.placeholders, strict=True)
@@ -132,7 +140,9 @@ class Specialization:
         ]
         values = [value for _, value in sorted(arguments, key=lambda pair: pair[0])]
         shape_env = values[0].fake_mode.shape_env
-        return shape_env, shape_env.produce_guards_expression(values, ignore_static=False)
+        sources = [LocalSource(f"t{i}") for i in range(len(values))]  # as evaluate_guards_expression calls them
+        produced = shape_env.produce_guards(values, sources, ignore_static=False)
+        return shape_env, " and ".join(guard for guard in produced if not _BY_LAYOUT.search(guard))
 
     def stacks_of(self, tangents: Any) -> list[Tensor] | None:
         """The tangents in the graph's order, or None if they are not for the same seeds; Dynamo reads this."""

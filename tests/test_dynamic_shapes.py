@@ -222,3 +222,21 @@ def test_a_dynamic_size_multiplies_what_is_alike_for_all_samples():
         torch.testing.assert_close(out.tangent, (2 * (x + y).cos() * v).sum((1, 2)))
         torch.testing.assert_close(out.hessian(), (-2 * (x + y).sin() * v[:, None] * v).sum((2, 3)))
     assert len(hd._traced) == 1
+
+
+def test_parts_of_a_data_set_are_one_trace():
+    """Batches of any size, wherever in memory they begin, unless the model asks for that."""
+
+    def by_offset(x, y):
+        return product(x, y) * (1 + x.storage_offset())
+
+    data = r(40, 3)
+    for function, count in ((product, 1), (by_offset, 3)):
+        hd = traced(function, data[:8], data[:8], dynamic_shapes=({0: BATCH}, {0: BATCH}))
+        for start, stop in ((0, 5), (8, 16), (16, 23)):
+            x, v = data[start:stop], r(2, stop - start, 3)
+            out = hd(x, x, tangents=(v, torch.zeros_like(v)))
+            factor = function(x, x) / product(x, x)
+            torch.testing.assert_close(out.primal, function(x, x))
+            torch.testing.assert_close(out.tangent, factor * torch.stack([product(each, x) for each in v]))
+        assert len(hd._traced) == count
