@@ -19,11 +19,12 @@ def distinct(root: Root) -> tuple[Tensor, ...]:
     """The arguments, each a tensor of its own: frontends identify inputs by tensor, and the next call may differ.
 
     A tensor that is passed twice, or that is a parameter too, is replaced by an empty one like it: only values differ.
+    So is one that was made in inference mode, which autograd refuses to save.
     """
     seen = {id(t) for t in (*root.parameters(), *root.buffers())}
     arguments = []
     for tensor in root.call.tensors:
-        if id(tensor) in seen:
+        if id(tensor) in seen or tensor.is_inference():
             size, stride = tensor.shape, tensor.stride()
             tensor = torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
         seen.add(id(tensor))

@@ -13,6 +13,7 @@ from torch.distributions import Categorical, Normal
 import fomoh_fx
 from fomoh_fx.errors import CaptureError
 from fomoh_fx.optim import FGD
+from tests.models.checking import Problem
 
 D = torch.float64
 
@@ -306,3 +307,20 @@ def test_one_list_in_two_places_is_refused_where_it_is_changed():
     only_read = Calls(lambda layer, x, a, b: layer(x).sum() * len(a) * len(b))
     out = fomoh_fx.transform(only_read)(x, [1, 2], [3], tangents=tangents)
     torch.testing.assert_close(out.primal, only_read(x, [1, 2], [3]).detach())
+
+
+@pytest.mark.parametrize("wrt", ["parameters", "inputs"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_arguments_made_in_inference_mode(wrt: str, inside: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    problem = Problem(model, (x,), loss=nn.functional.cross_entropy, targets=(y,), wrt=wrt)
+    hd, tangents = fomoh_fx.transform(model, problem.loss, wrt=wrt), problem.directions(2)
+    with torch.inference_mode():
+        given, labels = x.clone(), y.clone()
+    with torch.inference_mode(inside):
+        out = hd(given, tangents=tangents, targets=(labels,))
+    expected = fomoh_fx.transform(model, problem.loss, wrt=wrt)(x, tangents=tangents, targets=(y,))
+    assert len(hd._traced) == 1
+    torch.testing.assert_close(out.tangent, expected.tangent)
+    torch.testing.assert_close(out.hessian(), expected.hessian())
