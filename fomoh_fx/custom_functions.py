@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.literals import FUNCTIONS as NAMESPACE
 from fomoh_fx.literals import KnownFactories, among_values, known, known_literals, literal
+from fomoh_fx.sizes import SYMBOLIC
 from fomoh_fx.value_numbers import ValueNumbers
 
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -58,7 +59,7 @@ def operator_of(function: Any) -> OpOverload:
 
 def refuse_sizes(name: str, arguments: Any) -> None:
     """Refuse arguments that depend on a dynamic dimension: a call keeps what is no tensor as it was."""
-    if any(isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)) for leaf in pytree.tree_leaves(arguments)):
+    if any(isinstance(leaf, SYMBOLIC) for leaf in pytree.tree_leaves(arguments)):
         raise UnsupportedOpError(
             f"an argument of {name} depends on a dynamic dimension: a custom Function or a Triton kernel takes numbers "
             "that are known at capture, so leave that dimension static, or let it read the size from a tensor's shape"

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.passes.retrace import is_composite_implicit
+from fomoh_fx.sizes import SYMBOLIC
 
 aten = torch.ops.aten
 
@@ -133,6 +134,5 @@ def _standing_for(x: Any) -> Tensor | None:
 
 def _are_known(values: Any, given: Any) -> bool:
     """Whether every tensor has a value, and no dynamic size is among the arguments."""
-    dynamic = (torch.SymInt, torch.SymFloat, torch.SymBool)
     pairs = zip(pytree.tree_leaves(values), pytree.tree_leaves(given), strict=True)
-    return not any(isinstance(leaf, dynamic) or (isinstance(leaf, Tensor) and value is None) for value, leaf in pairs)
+    return not any(isinstance(leaf, SYMBOLIC) or (isinstance(leaf, Tensor) and value is None) for value, leaf in pairs)

@@ -195,7 +195,7 @@ class HyperDualModule(nn.Module):
             program = specialization.program
             if program.constants or program.structures or program.goes_by_offset:  # Dynamo cannot read if they changed
                 continue
-            if program.changes_containers:  # nor follow what is left there
+            if program.changes_containers or program.keeps_sizes:  # nor follow what is left there
                 continue
             if stacks is not None and specialization.fits(tensors, stacks, others):
                 return specialization(tensors, stacks)

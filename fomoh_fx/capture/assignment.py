@@ -107,8 +107,9 @@ class Assignment:
 class ChangedData:
     """Plain data that a run has changed to others, and how to put them.
 
-    With ``is_size``, ``after`` is an example: it follows a dynamic dimension. With ``is_opaque`` it is another object
-    at every call, and which one it is does not count. ``attribute`` is that of a class of modules.
+    What follows a dynamic dimension is ``size``, with PyTorch's symbolic numbers in it, and ``after`` is an example.
+    With ``is_opaque`` it is another object at every call, and which one it is does not count. ``attribute`` is that of
+    a class of modules.
     """
 
     key: tuple[int, Any]
@@ -116,9 +117,13 @@ class ChangedData:
     put: Callable[[Any], None]
     before: Any
     after: Any
-    is_size: bool = False
+    size: Any = None
     is_opaque: bool = False
     attribute: tuple[type, str] = (nn.Module, "")
+
+    @property
+    def is_size(self) -> bool:
+        return self.size is not None
 
 
 class Lost:

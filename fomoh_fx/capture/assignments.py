@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import SymBool, SymFloat, SymInt, Tensor, nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
@@ -29,6 +29,7 @@ from fomoh_fx.capture.where import at_attribute
 from fomoh_fx.containers import children, has_tensors
 from fomoh_fx.errors import CaptureError
 from fomoh_fx.records import opened
+from fomoh_fx.sizes import SYMBOLIC
 
 _MISSING = object()
 _ORDER = ("order",)  # stands for a key
@@ -277,8 +278,8 @@ class Assignments:
                 replace(watched, keys=(*watched.keys, key)),
             )
             return
-        example = pytree.tree_map_only((SymInt, SymFloat, SymBool), lambda size: size.node.hint + 1, after)
-        self.numbers.append(replace(change, after=example, is_size=True))
+        example = pytree.tree_map_only(SYMBOLIC, lambda size: size.node.hint + 1, after)
+        self.numbers.append(replace(change, after=example, size=after))
 
     def _note_numbers(self, watched: _Watched, key: Any, put: Callable[[Any], None], before: Any, after: Any) -> None:
         if not are_equal(before, after):  # 1 and 1.0 are not
@@ -347,7 +348,7 @@ def _stands_in(tensor: Tensor) -> bool:
 def symbolic(value: Any) -> list[Any]:
     """The numbers in a value that stand for a size, or for what only the data decide."""
     leaves = pytree.tree_leaves(opened(value))
-    return [leaf for leaf in leaves if isinstance(leaf, (SymInt, SymFloat, SymBool))]
+    return [leaf for leaf in leaves if isinstance(leaf, SYMBOLIC)]
 
 
 def _restore(holder: Any, key: Any, old: Any) -> None:

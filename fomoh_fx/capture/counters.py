@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture.assignment import ChangedData, Lost, kept_elsewhere
 from fomoh_fx.capture.assignments import Assignments
@@ -27,6 +28,7 @@ from fomoh_fx.capture.root import Root
 from fomoh_fx.capture.where import at_attribute
 from fomoh_fx.errors import CaptureError, FomohError
 from fomoh_fx.passes.retrace import without_autocast
+from fomoh_fx.sizes import SYMBOLIC
 
 Changes = dict[Any, ChangedData]
 _NUMBERS = (int, float)
@@ -84,6 +86,8 @@ def _look_again(program: Program, first: Changes, capture: Callable[[], Program]
                 seen.append(changes)
                 depends = not same_graph(same, again)
         takes_few = depends and _take_few(counted, second, capture)
+        sizes = [change for change in first.values() if _is_the_same_size(change, second)]
+        is_overwritten = bool(sizes) and not depends and _is_same_after(sizes, same, capture)
     if depends and not takes_few:
         names = " and ".join(change.name for change in counted)
         where = next((line for change in counted if (line := at_attribute(*change.attribute))), "")
@@ -92,6 +96,12 @@ def _look_again(program: Program, first: Changes, capture: Callable[[], Program]
             f"have its first value for ever. Keep it as a tensor in a buffer, or pass it as an argument{where}"
         )
     _assign(program, first, second, [] if takes_few else seen, root)
+    if is_overwritten:
+        modules = {id(vars(module)): module for module in root.modules() if module is not root}
+        attributes = [(modules[c.key[0]], c.key[1]) for c in sizes if c in program.settled and c.key[0] in modules]
+        program.overwritten = [(m, name) for m, name in attributes if _is_simple(getattr(m, name, None))]
+        for module, name in program.overwritten:
+            COUNTED.setdefault(module, set()).add(name)
 
 
 def _take_few(counted: Sequence[ChangedData], second: Changes, capture: Callable[[], Program]) -> bool:
@@ -128,21 +138,42 @@ def _assign(program: Program, first: Changes, second: Changes, seen: Sequence[Ch
     modules = {id(vars(module)): module for module in root.modules() if module is not root}
     counts, settled = [], []
     for (holder, name), change in first.items():
-        is_written_first = (change.is_size or change.is_opaque) and (holder, name) in second
-        if is_written_first or isinstance(change.after, Lost):
+        if isinstance(change.after, Lost) or (change.is_opaque and change.key in second):
             continue  # no call reads what another one has written
-        if change.is_size:
+        step = _step(change)
+        if seen and holder in modules and step is not None and all(_is_counted(change, c) for c in seen):
+            counts.append((modules[holder], name, change.size - change.before if change.is_size else step))
+            COUNTED.setdefault(modules[holder], set()).add(name)
+        elif change.is_size and not _is_the_same_size(change, second):
             raise CaptureError(
                 f"model: keeps the size of a dynamic dimension in {change.name}, where later calls find it. Leave that "
                 "dimension static, or pass the number as an argument"
             )
-        step = _step(change)
-        if seen and holder in modules and step is not None and all(_is_counted(change, c) for c in seen):
-            counts.append((modules[holder], name, step))
-            COUNTED.setdefault(modules[holder], set()).add(name)
         else:
             settled.append(change)
     program.counts, program.settled = counts, settled
+
+
+def _is_same_after(sizes: Sequence[ChangedData], program: Program, capture: Callable[[], Program]) -> bool:
+    """Whether a call of the sizes that the one before has kept has the same graph: some models then keep a cache."""
+    _put(sizes, [pytree.tree_map_only(SYMBOLIC, lambda size: size.node.hint, change.size) for change in sizes])
+    try:
+        return same_graph(program, _observed(capture)[0])
+    except FomohError:
+        return False
+
+
+def _is_the_same_size(change: ChangedData, others: Changes) -> bool:
+    """Whether another run has kept the same size in its place, whatever was there."""
+    if not change.is_size or change.key not in others:
+        return False
+    ours, form = pytree.tree_flatten(change.size)
+    theirs, their_form = pytree.tree_flatten(others[change.key].size)
+
+    def plain(leaf: Any) -> Any:
+        return (type(leaf), str(leaf.node.expr)) if isinstance(leaf, SYMBOLIC) else leaf
+
+    return form == their_form and are_equal([*map(plain, ours)], [*map(plain, theirs)])
 
 
 def _step(change: ChangedData) -> float | None:
@@ -156,9 +187,13 @@ def _is_counted(change: ChangedData, others: Changes) -> bool:
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """What some graph may count up and this one depend on."""
-    kinds = (*_NUMBERS, bool, str, type(None))
-    return {name: value for name, value in vars(module).items() if type(value) in kinds}
+    """What some graph may count up or overwrite and this one depend on."""
+    return {name: value for name, value in vars(module).items() if _is_simple(value)}
+
+
+def _is_simple(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(type(part) in (*_NUMBERS, bool, str, type(None)) for part in parts)
 
 
 @contextmanager

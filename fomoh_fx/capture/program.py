@@ -15,6 +15,7 @@ from fomoh_fx.capture.reading import COUNTED, are_equal
 from fomoh_fx.capture.state import Keys, follow
 from fomoh_fx.containers import structure
 from fomoh_fx.passes.dataflow import draws, graphs_in
+from fomoh_fx.sizes import SYMBOLIC, evaluated
 
 _ABSENT = object()
 
@@ -86,8 +87,9 @@ class Program:
     refused: list[str] = field(default_factory=list)
     assignments: Sequence[Assignment] = ()  # their tensors are the last outputs
     numbers: Sequence[ChangedData] = ()  # in containers, and the run changes them
-    settled: Sequence[ChangedData] = ()  # what every call changes to the same
-    counts: Sequence[tuple[nn.Module, str, float]] = ()  # attributes, and what every call adds; nothing depends on them
+    settled: Sequence[ChangedData] = ()  # what every call changes to the same, but for sizes in it
+    counts: Sequence[tuple[nn.Module, str, Any]] = ()  # attributes, and what every call adds; nothing depends on them
+    overwritten: Sequence[tuple[nn.Module, str]] = ()  # attributes that every call sets to sizes, and does not read
     read: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # by module, what its attributes were
     tied: Sequence[tuple[Input, Input]] = ()  # an input, and another place that had its tensor
     structures: Sequence[tuple[nn.Module, str, Any]] = ()  # attributes with containers, and what the graph is for
@@ -112,16 +114,33 @@ class Program:
                 made.apply(filled, made.module)
             elif given is not None:
                 made.apply(filled, given)
-        for change in self.settled:
-            change.put(change.after)
-        for module, name, step in self.counts:
+        values, steps = self._in_call(arguments)
+        for change, value in zip(self.settled, values, strict=True):
+            change.put(value)
+        for (module, name, _), step in zip(self.counts, steps, strict=True):
             setattr(module, name, getattr(module, name) + step)
+
+    def _in_call(self, arguments: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
+        """What data are settled to, and what is added to counts, with the sizes that the arguments have."""
+        changes = [c.size if c.is_size else c.after for c in self.settled], [step for _, _, step in self.counts]
+        if not self.keeps_sizes:
+            return changes
+        given = [i for i, what in enumerate(self.inputs) if what.kind == "argument"]
+        examples = [self.placeholders[i].meta["val"] for i in given]
+        return evaluated(changes, examples, [self.inputs[i].value(arguments) for i in given])
+
+    @property
+    def keeps_sizes(self) -> bool:
+        """Whether it assigns sizes of dynamic dimensions."""
+        counted = any(isinstance(step, SYMBOLIC) for _, _, step in self.counts)
+        return counted or any(change.is_size for change in self.settled)
 
     def has_its_numbers(self) -> bool:
         """Whether what this graph counts up are numbers, and what others do is as it was: this one may depend on it."""
         if any(type(getattr(module, name, None)) not in (int, float) for module, name, _ in self.counts):
             return False
-        own = {(id(module), name) for module, name, _ in self.counts}
+        attributes = [*self.overwritten, *((module, name) for module, name, _ in self.counts)]
+        own = {(id(module), name) for module, name in attributes}
         counted = [(m, name) for m, names in COUNTED.items() if id(m) in self.read for name in names]
         others = [(m, name) for m, name in counted if (id(m), name) not in own]
         return all(are_equal(self.read[id(m)].get(name, _ABSENT), getattr(m, name, _ABSENT)) for m, name in others)
