@@ -162,6 +162,11 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     return input.mul_(0) if inplace else input.mul(0)
 
 
+def _make_dual(tensor: Tensor, tangent: Tensor, level: int) -> Tensor:
+    """As of a copy: the tangent of a view is laid out in a tangent of what it is a view of."""
+    return torch._VF._make_dual(tensor.clone() if tensor._is_view() else tensor, tangent, level)
+
+
 _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.cov: _covariance,
     torch.Tensor.cov: _covariance,
@@ -177,6 +182,7 @@ _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.equal: equal,
     torch.Tensor.equal: equal,
     torch.linalg.lstsq: _lstsq,
+    torch._VF._make_dual: _make_dual,
 }
 if hasattr(torch.nn.functional, "linear_cross_entropy"):  # since torch 2.13
     _BODIES[torch.nn.functional.linear_cross_entropy] = _linear_cross_entropy

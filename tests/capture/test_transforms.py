@@ -57,6 +57,14 @@ FUNCTIONS = {
     ),
     "an expanded tangent": (lambda x: jvp(torch.sin, (x,), (STEP[0].expand(3, 4),))[1], r(3, 4)),
     "rows as point and tangent": (lambda x: jvp(torch.sin, (x[0],), (x[1],))[1], r(3, 4)),
+    "unbound and drawn rows as point": (
+        lambda x: jvp(
+            lambda y, z: (y * z).sin(),
+            (x.unbind()[0], torch.rand(2, 4, dtype=D)[0].detach() * 0 + x[1]),
+            (x[2], torch.ones(4, dtype=D)),
+        )[1],
+        r(3, 4),
+    ),
     "the Jacobian of each row": (lambda x: torch.stack([jacfwd(lambda z: (z @ OUT).sin())(z) for z in x]), r(3, 4)),
     "the Hessian of each sample of a network": (
         lambda x: vmap(hessian(lambda z: F.silu(z @ STEP).square().sum()))(x),
