@@ -21,6 +21,7 @@ from fomoh_fx.passes import provenance
 from fomoh_fx.passes.activity import analyse
 from fomoh_fx.passes.cse import merge_common_subexpressions
 from fomoh_fx.passes.eliminate import eliminate
+from fomoh_fx.passes.factors import apart
 from fomoh_fx.passes.guess import (
     Feedback,
     Grouping,
@@ -194,7 +195,7 @@ class ActivityGradient:
             values = values_of(module, [what.value(call.tensors) for what in program.inputs], label=False)
             plan = self._plan(module, program, values, trained, at)
         graph = guess(module, plan)
-        for rewrite in (eliminate, simplify, merge_common_subexpressions, settle, eliminate):
+        for rewrite in (eliminate, simplify, merge_common_subexpressions, apart, settle, eliminate):
             graph = rewrite(graph)
             verify(graph, "guess")
         positions = {n: i for i, n in enumerate(inputs_of(module))}

@@ -1,13 +1,11 @@
 """Fuse: a sum with a product that nothing else uses is one operator.
 
-Contract: a functional graph in, the same values out of fewer nodes: x + a * b is addcmul(x, a, b), and x + 2 * a is
-add(x, a, alpha=2), for powers of two, by which nothing is rounded. Only of real numbers, and where the result keeps its
-layout.
+Contract: a functional graph in, the same values out of fewer nodes: x + a * b is addcmul(x, a, b). Only of real
+numbers, and where the result keeps its layout.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,9 +22,8 @@ _PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar}
 
 
 class _Fused(NamedTuple):
-    """A call that takes the place of a sum and of a product in it."""
+    """A call of addcmul that takes the place of a sum and of a product in it."""
 
-    target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     product: fx.Node
@@ -48,7 +45,7 @@ def _fuse(node: fx.Node) -> None:
     for kept, product in orders:
         found = _fused(node, kept, product)
         if found is not None and _is_alike(found, node):
-            node.target, node.args, node.kwargs = found.target, found.args, found.kwargs
+            node.target, node.args, node.kwargs = aten.addcmul.default, found.args, found.kwargs
             node.graph.erase_node(found.product)
             return
 
@@ -58,22 +55,15 @@ def _fused(node: fx.Node, kept: Any, product: Any) -> _Fused | None:
     if not isinstance(kept, fx.Node) or kept is product or not _is_product(product):
         return None
     a, b = product.args
-    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
-        sign = _SIGNS[node.target]
-        return _Fused(aten.addcmul.default, (kept, a, b), {} if sign == 1 else {"value": sign}, product)
-    factor, number = (a, b) if isinstance(a, fx.Node) else (b, a)
-    if not isinstance(factor, fx.Node) or not _is_power_of_two(number):
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return None
-    return _Fused(node.target, (kept, factor), {"alpha": number}, product)
+    sign = _SIGNS[node.target]
+    return _Fused((kept, a, b), {} if sign == 1 else {"value": sign}, product)
 
 
 def _is_product(node: Any) -> bool:
     """Whether it is one that has a single use."""
     return isinstance(node, fx.Node) and node.target in _PRODUCTS and len(node.users) == 1 and not node.kwargs
-
-
-def _is_power_of_two(number: Any) -> bool:
-    return isinstance(number, (int, float)) and abs(math.frexp(number)[0]) == 0.5
 
 
 def _is_alike(found: _Fused, node: fx.Node) -> bool:
@@ -84,7 +74,7 @@ def _is_alike(found: _Fused, node: fx.Node) -> bool:
     if len({(value.dtype, value.device) for value in values}) > 1:
         return False
     expected, *operands = map(_outline, values)
-    actual = found.target(*operands, **found.kwargs)
+    actual = aten.addcmul.default(*operands, **found.kwargs)
     return (actual.shape, actual.stride()) == (expected.shape, expected.stride())
 
 

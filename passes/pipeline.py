@@ -1,4 +1,4 @@
-"""The pipeline: normalize, expand, simplify, sink, cse, fuse, layouts, eliminate.
+"""The pipeline: normalize, expand, simplify, sink, cse, factors, fuse, layouts, eliminate.
 
 Verified after each; every stage is kept.
 """
@@ -16,6 +16,7 @@ from fomoh_fx.passes.activity import analyse, ancestors
 from fomoh_fx.passes.cse import merge_common_subexpressions
 from fomoh_fx.passes.eliminate import eliminate
 from fomoh_fx.passes.expand import Form, Layout, Scope, expand
+from fomoh_fx.passes.factors import apart
 from fomoh_fx.passes.fuse import fuse
 from fomoh_fx.passes.layouts import refuse_sparse, settle
 from fomoh_fx.passes.normalize import inputs_of, normalize, results_of
@@ -28,6 +29,7 @@ REWRITES: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
     "simplify": simplify,
     "sink": sink,
     "cse": merge_common_subexpressions,
+    "factors": apart,
     "fuse": fuse,
     "layouts": settle,
     "eliminate": eliminate,

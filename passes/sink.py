@@ -13,11 +13,11 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fomoh_fx.passes import provenance
 from fomoh_fx.passes.dataflow import escapes
+from fomoh_fx.passes.insertion import insert_before
 from fomoh_fx.passes.simplify import value_of
 
 aten = torch.ops.aten
@@ -75,9 +75,8 @@ def _sink(node: fx.Node) -> None:
         return
     sizes = [-1 if d in kept else _repeated(operands, d) for d in axes]
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: smaller.get(n, n))
-    with node.graph.inserting_before(node):
-        once = _made(node, f"{node.name}_once", node.target, args, kwargs)
-        whole = _made(node, f"{node.name}_expand", aten.expand.default, (once, sizes), {})
+    once = insert_before(node, f"{node.name}_once", node.target, *args, **kwargs)
+    whole = insert_before(node, f"{node.name}_expand", aten.expand.default, once, sizes)
     node.replace_all_uses_with(whole)
     node.graph.erase_node(node)
 
@@ -111,14 +110,3 @@ def _source(operand: fx.Node, kept: set[int]) -> fx.Node | None:
     source = operand.args[0]
     assert isinstance(source, fx.Node)
     return None if any(not _is_equal(_size(source, d), _size(operand, d)) for d in kept) else source
-
-
-def _made(node: fx.Node, name: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
-    """A new node that serves what an old one does."""
-    made = node.graph.create_node("call_function", target, args, kwargs, name)
-    inputs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    mode = detect_fake_mode(inputs)
-    assert mode is not None  # recorded values are fake
-    with mode:
-        made.meta = {**node.meta, "val": target(*inputs[0], **inputs[1])}
-    return made

@@ -156,6 +156,17 @@ def test_reverse_mode_of_scatter_reduce_still_counts_what_is_left_out() -> None:
     torch.testing.assert_close(out.tangent[:, 0], torch.full_like(gradient, 1 / 2))
 
 
+@pytest.mark.slow
+def test_inductor_still_leaves_out_the_factor_of_a_sum_with_a_product() -> None:
+    """Then passes/factors.py can go."""
+
+    def scaled(x: Tensor, w: Tensor) -> Tensor:
+        return torch.add(x, x @ w, alpha=2)
+
+    x, w = _normal(3, 3), _normal(3, 3)
+    assert relative_error(torch.compile(scaled)(x, w), scaled(x, w)) > 0.1
+
+
 def test_a_custom_function_still_loses_second_order_terms() -> None:
     class Cube(torch.autograd.Function):
         @staticmethod

@@ -124,7 +124,7 @@ def report(specialization: Specialization) -> Report:
         zero_crosses=sum("cross" not in found[n] for n in active) if components.second_order else 0,
         simplified=totals["expand"] - totals["simplify"],
         merged=totals["simplify"] - totals["cse"],
-        fused=totals["cse"] - totals["fuse"],
+        fused=totals["factors"] - totals["fuse"],
         dead=totals["fuse"] - totals["eliminate"],
         served=_served(active),
         products=_count_components(final, PRODUCTS),
