@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,11 @@ class Template:
         others = tuple(None if t else leaf for t, leaf in zip(is_tensor, leaves, strict=True))
         return Template(others, is_tensor, spec), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
+    def tensors_of(self, tree: Any) -> list[Tensor]:
+        """The tensors of another pytree of the same structure, in whose places the template has none."""
+        leaves = pytree.tree_leaves(tree)
+        return [leaf for leaf, is_tensor in zip(leaves, self.is_tensor, strict=True) if is_tensor]
+
     def has_leaves_of(self, other: Template) -> bool:
         """Whether both have the same structure around the same objects."""
         same = len(self.leaves) == len(other.leaves) and self.spec == other.spec and self.is_tensor == other.is_tensor
@@ -129,13 +135,18 @@ class FunctionCall:
     Attributes:
         function: the class.
         arguments, results: its arguments and its results without their tensors; the results are known once it has run.
+        given: the parameters and buffers that the model gave it as arguments, by their places; None for what it
+            computed. A module among the other arguments may have them, too.
         draws: whether its forward draws random numbers.
         nested: the name of another Function that its backward calls, known once that has been traced.
     """
 
-    def __init__(self, function: type[Function], arguments: Template) -> None:
+    def __init__(
+        self, function: type[Function], arguments: Template, given: Sequence[weakref.ref[Tensor] | None] = ()
+    ) -> None:
         refuse_sizes(function.__name__, arguments.leaves)
-        self.function, self.arguments = function, arguments
+        self.function, self.arguments, self.given = function, arguments, given
+        self._stand_ins: dict[int, Tensor] = {}
         self.results: Template | None = None
         self.draws = False
         self.nested = ""
@@ -150,7 +161,7 @@ class FunctionCall:
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The values of the tensors among the results."""
-        with torch.no_grad(), _users_code():
+        with torch.no_grad(), _users_code(self._standing_in(tensors)):
             arguments = self.arguments.fill(tensors)
             with _Watch(Template.of(arguments)[1]) as watch:
                 results = apply_function(self.function, *arguments)
@@ -163,6 +174,11 @@ class FunctionCall:
         self.results, found = Template.of(results)
         return [t.clone() for t in found]
 
+    def _standing_in(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+        """What stands for the model's own tensors, by their identity."""
+        own = [None if ref is None else ref() for ref in self.given]
+        return {id(x): t for x, t in zip(own, tensors, strict=False) if x is not None and x is not t}
+
     @cached_property
     def recorded(self) -> type[Function]:
         """The Function whose value is one call of the operator, and whose backward is the user's own.
@@ -173,10 +189,10 @@ class FunctionCall:
         function = self.function
 
         def value(args: Sequence[Any]) -> Any:
-            return self.results_of(Template.of(args)[1])
+            return self.results_of(self.arguments.tensors_of(args))
 
         def forward(ctx: Any, *args: Any) -> Any:
-            with _users_code():
+            with _users_code(self._stand_ins):
                 inside, outside = function.forward(ctx, *args), value(args)
                 inputs = {id(t) for t in Template.of(args)[1]}
                 pairs = zip(Template.of(inside)[1], Template.of(outside)[1], strict=True)
@@ -188,13 +204,15 @@ class FunctionCall:
                 return value(args)
 
         chosen = staticmethod(forward_alone if has_setup_context(function) else forward)
-        return with_stops(type(function.__name__, (function,), {"forward": chosen}), self._nested_call)
+        made = type(function.__name__, (function,), {"forward": chosen})
+        return with_stops(made, self._nested_call, lambda: self._stand_ins)
 
     infer = run
 
     def connect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The same, connected to the Function's backward."""
         self.check_derivable()
+        self._stand_ins = self._standing_in(tensors)
         with known_literals():
             return Template.of(apply_function(self.recorded, *self.arguments.fill(tensors)))[1]
 
@@ -217,12 +235,17 @@ class FunctionCall:
         return apply_function(function, *args)
 
 
-def with_stops(function: type[Function], nested: Callable[..., Any]) -> type[Function]:
-    """The Function with what its backward stops recorded; ``nested(function, *args)`` serves Functions called there."""
+def with_stops(
+    function: type[Function], nested: Callable[..., Any], stand_ins: Callable[[], dict[int, Tensor]] = dict
+) -> type[Function]:
+    """The Function with what its backward stops recorded.
+
+    ``nested(function, *args)`` serves Functions called there, ``stand_ins()`` is for :class:`_StandIns`.
+    """
     pull = "backward" if function.vjp is Function.vjp else "vjp"
 
     def backward(ctx: Any, *gradients: Any) -> Any:
-        with _Stops(), functions_called(nested):
+        with _Stops(), _StandIns(stand_ins()), functions_called(nested):
             return getattr(function, pull)(ctx, *gradients)
 
     return type(function.__name__, (function,), {pull: staticmethod(backward)})
@@ -297,15 +320,28 @@ def _under_autograd(inputs: list[Tensor], call: int) -> list[Tensor]:
 
 
 @contextmanager
-def _users_code() -> Iterator[None]:
+def _users_code(stand_ins: dict[int, Tensor]) -> Iterator[None]:
     """While a forward runs, what it writes out and computes alike is known, and no other mode notices its calls."""
     with ExitStack() as stack:
         for _ in _get_current_function_mode_stack():
             stack.enter_context(_pop_mode_temporarily())
         stack.enter_context(torch._C._EnableTorchFunction())
-        for known_there in (known_literals(), KnownFactories(), ValueNumbers()):
-            stack.enter_context(known_there)
+        for mode in (known_literals(), KnownFactories(), ValueNumbers(), _StandIns(stand_ins)):
+            stack.enter_context(mode)
         yield
+
+
+class _StandIns(TorchFunctionMode):
+    """Gives functions what stands for a tensor of the model, by identity: a module that a Function is given has it."""
+
+    def __init__(self, by: dict[int, Tensor]) -> None:
+        super().__init__()
+        self.by = by
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if self.by:
+            args, kwargs = pytree.tree_map_only(Tensor, lambda x: self.by.get(id(x), x), (args, kwargs))
+        return func(*args, **(kwargs or {}))
 
 
 class _Watch(TorchDispatchMode):

@@ -414,6 +414,62 @@ def test_function_that_changes_its_argument(function: Any) -> None:
     assert f"Function {function.__name__} changes its arguments in place" in refusal(model)
 
 
+class Recomputed(Function):
+    """As activation checkpoints are written: backward runs a module again, whose parameters are arguments as well."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.run, ctx.inputs = run, (x, *parameters)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, *parameters = ctx.inputs
+        with torch.enable_grad():
+            y = ctx.run(x.view_as(x))
+        return None, *torch.autograd.grad(y, (x, *parameters), g, allow_unused=True, create_graph=True)
+
+
+class Recomputes(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.inner = nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.how == "plain":
+            return self.inner(x).sin().sum()
+        run = (lambda x: self.inner(x)) if self.how == "in a function" else self.inner
+        return Recomputed.apply(run, x, *self.inner.parameters()).sin().sum()
+
+
+@pytest.mark.parametrize("how", ["a module", "in a function"])
+def test_function_whose_backward_runs_a_module_with_its_arguments(how: str) -> None:
+    model, same = Recomputes(how).double(), Recomputes("plain").double()
+    names = [name for name, _ in model.named_parameters()]
+    hd = fomoh_fx.transform(model)
+    generator = torch.Generator().manual_seed(0)
+    V = {n: torch.randn(2, *p.shape, dtype=p.dtype, generator=generator) for n, p in model.named_parameters()}
+
+    def truth(*values: Tensor) -> Tensor:
+        return torch.func.functional_call(same, dict(zip(names, values, strict=True)), (X,))
+
+    for _ in range(2):
+        out = hd(X, tangents=V)
+        parameters = [p.detach() for p in model.parameters()]
+        for actual, true in zip(
+            (out.primal, out.tangent, out.hessian()),
+            reverse_over_reverse(truth, parameters, [*V.values()]),
+            strict=True,
+        ):
+            assert relative_error(actual, true) < 1e-12
+        with torch.no_grad():
+            model.inner[0].weight.mul_(2)
+
+
 class Nested(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

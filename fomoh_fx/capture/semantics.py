@@ -297,7 +297,8 @@ class ReverseModeSemantics(TorchFunctionMode):
         if of_library(function):  # the operator itself is recorded
             return apply_of_library(function, *args)
         template, tensors = Template.of(with_known(pytree.tree_map_only(Tensor, self.own, args)))
-        return FunctionCall(function, template).results_of(tensors)
+        given = [weakref.ref(x) if is_real(x) else None for x in template.tensors_of(args)]
+        return FunctionCall(function, template, given).results_of(tensors)
 
     def own(self, tensor: Tensor) -> Tensor:
         """What stands for the tensor in the run: another one for a foreign tensor that is known, itself otherwise."""

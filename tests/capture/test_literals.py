@@ -301,10 +301,10 @@ def test_numbers_beside_them_keep_their_kind() -> None:
 
 
 class Windowed(torch.autograd.Function):
-    """Branches and loops on its second argument, forward and backward, and on what it makes of it."""
+    """Branches and loops on its first argument, forward and backward, and on what it makes of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, ends: Tensor, x: Tensor) -> Tensor:
         steps = torch.arange(0, 4) * ends[1]
         y = x * 0
         for low, high in zip(steps[:-1], steps[1:], strict=True):
@@ -313,14 +313,14 @@ class Windowed(torch.autograd.Function):
         return y.sum() * x
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
         x, ends = ctx.saved_tensors
         n = int(3 * ends[1])
         inside = torch.cat([x[:n].cos(), 0 * x[n:]])
-        return g * len(x) * x[:n].sin().sum() + inside * len(x) * (g * x).sum(), None
+        return None, g * len(x) * x[:n].sin().sum() + inside * len(x) * (g * x).sum()
 
 
-def same_as_windowed(x: Tensor, ends: Tensor) -> Tensor:
+def same_as_windowed(ends: Tensor, x: Tensor) -> Tensor:
     return len(x) * x[: 3 * int(ends[1])].sin().sum() * x
 
 
@@ -343,12 +343,12 @@ class WithEnds(nn.Module):
         self.call, self.ends = call, nn.Buffer(torch.tensor([0, 2]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.call(x.exp(), self.ends).square().sum()
+        return self.call(self.ends, x.exp()).square().sum()
 
 
 def test_a_function_may_branch_on_what_is_known() -> None:
     x, v = r(7), r(2, 7)
-    written = fomoh_fx.transform(lambda x: Windowed.apply(x.exp(), torch.tensor([0, 2])).square().sum(), wrt="inputs")
+    written = fomoh_fx.transform(lambda x: Windowed.apply(torch.tensor([0, 2]), x.exp()).square().sum(), wrt="inputs")
     module = WithEnds(Windowed.apply)
     kept = fomoh_fx.transform(module, wrt="inputs")
     for end in (2, 1):
