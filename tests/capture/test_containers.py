@@ -419,3 +419,27 @@ def test_hooks_that_a_model_installs_once():
     for _ in range(3):
         torch.testing.assert_close(hd(x, tangents={"layer.bias": torch.ones(1, 3)}).primal, reference(x).detach())
     assert len(model.layer._forward_hooks) == 1
+
+
+class CachedBesideAnAttribute(nn.Module):
+    """The attribute, a tensor that no module registers, is met at a second attempt of capture."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.mask = nn.Parameter(torch.ones(3).double()), None
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = 2 * torch.ones(3).double()
+        return ((x * self.weight).sin() * table(3) * self.mask).sum()
+
+
+def test_a_cached_function_beside_an_attribute():
+    table.cache_clear()
+    model = CachedBesideAnAttribute()
+    hd, reference = fomoh_fx.transform(model), copy.deepcopy(model)
+    for rows in (2, 2, 4):
+        table.cache_clear()
+        x = torch.randn(rows, 3).double()
+        out = hd(x, tangents={"weight": torch.ones(1, 3).double()})
+        torch.testing.assert_close(out.primal, reference(x).detach())
