@@ -54,6 +54,13 @@ def must_vary(dim: Any) -> bool:
     return not (isinstance(dim, HINT) and dim.type is Dim.AUTO.type)
 
 
+def has_range_of(dim: Any, other: Any) -> bool:
+    """Whether a dimension that is traced as ``dim`` takes every size that ``other`` names; hints name none."""
+    if not (isinstance(dim, Dim) and isinstance(other, Dim)):
+        return True
+    return dim.min <= other.min and other.max <= dim.max
+
+
 def _by_name(dynamic_shapes: Any, names: list[str], positional: int) -> dict[str, Any]:
     """The entries by the names of the arguments, checked."""
     if dynamic_shapes is None:

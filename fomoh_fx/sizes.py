@@ -25,14 +25,13 @@ def evaluated(value: Any, examples: Sequence[Any], tensors: Sequence[Tensor]) ->
         examples: the (fake) tensors that were traced, in whose sizes these are.
         tensors: those of the call, in the same order.
     """
-    environment = next(
-        (n.node.shape_env for x in examples if isinstance(x, Tensor) for n in x.shape if isinstance(n, SymInt)), None
-    )
+    sizes: list[Any] = [n for x in examples if isinstance(x, Tensor) for n in x.shape if isinstance(n, SymInt)]
+    environment = sizes[0].node.shape_env if sizes else None
     if environment is None:
         return value
-    sizes = environment.bind_symbols(examples, tensors)
+    bound = environment.bind_symbols(examples, tensors)
 
     def number(symbolic: Any) -> Any:
-        return symbolic.node.pytype(environment.replace(symbolic.node.expr).xreplace(sizes))
+        return symbolic.node.pytype(environment.replace(symbolic.node.expr).xreplace(bound))
 
     return pytree.tree_map_only(SYMBOLIC, number, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.source import LocalSource
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture import Program
@@ -22,8 +20,10 @@ from fomoh_fx.capture.layouts import has_its_layouts
 from fomoh_fx.capture.nested import Part, is_a_part
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.reading import Reader, Reading, kind_of, unusual_strides_of
+from fomoh_fx.dynamic_shapes import has_range_of
 from fomoh_fx.errors import CaptureError, FomohError
 from fomoh_fx.failures import explain
+from fomoh_fx.guards import Guards
 from fomoh_fx.hyperdual import Components, HyperDual
 from fomoh_fx.low_rank import factors
 from fomoh_fx.lower import Lowering
@@ -33,8 +33,6 @@ from fomoh_fx.passes.pipeline import Compiled, copy_of
 from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.seeds import Seeds, axes_alike, once
 from fomoh_fx.signature import Signature, argument_kind_of, modes, modules_of
-
-_BY_LAYOUT = re.compile(r"\.(stride|storage_offset)\(\)")
 
 
 @dataclass
@@ -104,11 +102,12 @@ class Specialization:
         return ours == theirs and same_graph(self.program, program)
 
     def covers(self, dims: list[dict[int, Any]] | None) -> bool:
-        """Whether every dimension that a caller wants dynamic is dynamic here."""
+        """Whether every dimension that a caller wants dynamic is dynamic here, in its whole range."""
         if dims is None:
             return True
+        pairs = [] if self.dims is None else [*zip(dims, self.dims, strict=True)]
         return self.dims is not None and all(
-            wanted.keys() <= mine.keys() for wanted, mine in zip(dims, self.dims, strict=True)
+            d in mine and has_range_of(mine[d], kind) for wanted, mine in pairs for d, kind in wanted.items()
         )
 
     def serves(self, signature: Signature, tensors: Sequence[Tensor]) -> bool:
@@ -120,29 +119,20 @@ class Specialization:
                 a != b and d not in dims for d, (a, b) in enumerate(zip(shape, traced, strict=True))
             ):
                 return False
-        shape_env, condition = self.guards
         try:
-            return not condition or bool(shape_env.evaluate_guards_expression(condition, tensors))
+            return self.guards.hold(tensors)
         except ZeroDivisionError:  # of a size by one that is zero, for which it was not traced
             return False
 
     @cached_property
-    def guards(self) -> tuple[Any, str]:
-        """What the model and the rules assumed of the dynamic sizes, as PyTorch evaluates it for tensors.
-
-        Where the tensors lie in memory is no part of it: that is compared where a graph goes by it
-        (:mod:`fomoh_fx.capture.layouts`).
-        """
+    def guards(self) -> Guards:
+        """What the model and the rules assumed of the dynamic sizes."""
         arguments = [
             (what.index, node.meta["val"])
             for what, node in zip(self.program.inputs, self.program.placeholders, strict=True)
             if what.kind == "argument"
         ]
-        values = [value for _, value in sorted(arguments, key=lambda pair: pair[0])]
-        shape_env = values[0].fake_mode.shape_env
-        sources = [LocalSource(f"t{i}") for i in range(len(values))]  # as evaluate_guards_expression calls them
-        produced = shape_env.produce_guards(values, sources, ignore_static=False)
-        return shape_env, " and ".join(guard for guard in produced if not _BY_LAYOUT.search(guard))
+        return Guards([value for _, value in sorted(arguments, key=lambda pair: pair[0])])
 
     def stacks_of(self, tangents: Any) -> list[Tensor] | None:
         """The tangents in the graph's order, or None if they are not for the same seeds; Dynamo reads this."""

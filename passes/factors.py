@@ -8,6 +8,8 @@ PyTorch.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, fx
 
@@ -28,13 +30,16 @@ def apart(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _multiply(node: fx.Node) -> None:
-    x, y = node.args
-    factor, dtype = node.kwargs["alpha"], node.meta["val"].dtype
+    x, y = cast("tuple[Any, Any]", node.args)
+    factor: Any = node.kwargs["alpha"]
+    dtype = node.meta["val"].dtype
     if isinstance(y, fx.Node):
         value = y.meta["val"]
         if isinstance(value, Tensor) and value.dtype != dtype:
             y = insert_before(node, f"{node.name}_to_copy", aten._to_copy.default, y, dtype=dtype)
         y = insert_before(node, f"{node.name}_mul", aten.mul.Tensor, y, factor)
+    elif isinstance(factor, fx.Node):  # a number that follows from sizes, of a number: no matrix product
+        return
     else:
         y = y * factor
     node.args, node.kwargs = (x, y), {}

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import fomoh_fx
 from fomoh_fx.errors import ArgumentError, CaptureError, SpecialisationError
 from tests.models.checking import Problem, check_call
+from tests.oracle import reverse_over_reverse
 
 BATCH = Dim("batch", min=2, max=64)
 
@@ -240,3 +241,64 @@ def test_parts_of_a_data_set_are_one_trace():
             torch.testing.assert_close(out.primal, function(x, x))
             torch.testing.assert_close(out.tangent, factor * torch.stack([product(each, x) for each in v]))
         assert len(hd._traced) == count
+
+
+def test_a_wider_range_is_traced_anew():
+    narrow, wide = Dim("narrow", max=5), Dim("wide", max=50)
+    hd = traced(product, r(4, 3), r(4, 3), dynamic_shapes=({0: narrow}, {0: narrow}))
+    tangents = (r(2, 4, 3), r(2, 4, 3))
+    first = hd.latest
+    hd.trace(r(4, 3), r(4, 3), tangents=tangents, dynamic_shapes=({0: wide}, {0: wide}))
+    assert hd.latest is not first and serves(hd, r(20, 3), r(20, 3))
+    hd.trace(r(4, 3), r(4, 3), tangents=tangents, dynamic_shapes=({0: narrow}, {0: narrow}))
+    assert len(hd._traced) == 2
+
+
+def parts(x):
+    """By sizes that follow from the dynamic one."""
+    low, high = x.sin().chunk(2, 1)
+    first, _ = x.split([x.shape[1] - 2, 2], 1)
+    return (
+        (low.sum(1) * high.square().sum(1)).sum() + x.cos().split(x.shape[1] // 2 + 1, 1)[0].prod(1).sum() + first.sum()
+    )
+
+
+def halves(x):
+    return x.reshape(2, -1, x.shape[1]).sin().prod(0).square().sum()
+
+
+def attention(x):
+    return F.scaled_dot_product_attention(x, x.sin(), x.cos()).square().sum()
+
+
+def distances(x):
+    return F.pdist(x).square().cos().sum()
+
+
+def same_as_distances(x):
+    """PyTorch's own has no second derivative by reverse mode."""
+    rows, columns = torch.triu_indices(len(x), len(x), 1)
+    return (x[rows] - x[columns]).square().sum(1).cos().sum()
+
+
+SIZES = {
+    parts: ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, (5, 6), [(4, 8), (9, 13)]),
+    halves: ({0: 2 * Dim("half", min=1)}, (4, 3), [(8, 3), (6, 3)]),
+    attention: ({2: Dim.DYNAMIC}, (2, 4, 6), [(2, 4, 9), (2, 4, 2)]),
+    distances: ({0: Dim.DYNAMIC}, (5, 3), [(9, 3), (3, 3)]),
+}
+
+
+@pytest.mark.parametrize("function", SIZES)
+def test_sizes_that_follow_from_dynamic_ones(function):
+    dims, size, others = SIZES[function]
+    hd = traced(function, r(*size), dynamic_shapes=(dims,))
+    for other in others:
+        x, v = r(*other), r(2, *other)
+        out = hd(x, tangents=(v,))
+        truth = same_as_distances if function is distances else function
+        value, slopes, plane = reverse_over_reverse(truth, [x], [v])
+        torch.testing.assert_close(out.primal, value)
+        torch.testing.assert_close(out.tangent, slopes)
+        torch.testing.assert_close(out.hessian(), plane)
+    assert len(hd._traced) == 1

@@ -149,8 +149,8 @@ def kept_elsewhere(where: str) -> CaptureError:
     """The refusal of a tensor of a run that stays in what is no attribute of a model."""
     return CaptureError(
         f"model: keeps a tensor that it computes in {where}, where later calls would find the first one for ever. "
-        "Keep it in a buffer or another attribute of a module, or return it; a table of constants is filled by one call "
-        "of the model itself, before"
+        "Keep it in a buffer or another attribute of a module, or return it; a table of constants is filled by one "
+        "call of the model itself before"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
 from torch._functorch import predispatch
 from torch._inductor import config as inductor_config
 from torch.export import ExportedProgram
@@ -28,7 +29,9 @@ aten = torch.ops.aten
 def from_export(root: Root, names: Sequence[str], dynamic_shapes: Any) -> Program:
     tensors = distinct(root)
     shapes = None if dynamic_shapes is None else {"tensors": tuple(dynamic_shapes)}
-    with marks_kept(tensors):
+    # With symbols the cache's keys take longer than what it saves; the fake mode keeps the choice.
+    cached = dynamo_config.patch(fake_tensor_cache_enabled=shapes is None)
+    with marks_kept(tensors), cached:
         exported = torch.export.export(root, tensors, strict=False, dynamic_shapes=shapes)
     for node in exported.graph_module.graph.find_nodes(op="placeholder"):
         node.meta.pop("custom", None)  # where Dynamo captured a branch, it names itself, and then refuses another name

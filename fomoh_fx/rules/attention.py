@@ -8,8 +8,6 @@ every component grows with their length and not with its square.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,7 @@ def _scores(
 
     ``causal_from`` are the places [L] of the queries where none sees a later key.
     """
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = 1 / torch.sym_sqrt(query.shape[-1]) if scale is None else scale
     if causal_from is not None:
         mask = causal_from.unsqueeze(1) >= torch.arange(key.shape[-2], device=query.device)
     if mask is not None and mask.dtype == torch.bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fomoh_fx.hyperdual import Components, HyperDual, primal_of
+from fomoh_fx.rules.linalg.distances import pairs_of
 from fomoh_fx.rules.linear import linear
 from fomoh_fx.rules.registry import Composite, Rule, register
 
@@ -79,7 +80,7 @@ def _cdist_backward(gradient: Tensor, x: Tensor, w: Tensor, p: float, distance: 
 
 
 def _pdist_backward(gradient: Tensor, x: Tensor, p: float, distance: Tensor) -> Tensor:
-    rows, columns = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device)
+    rows, columns = pairs_of(x)
     slopes = _distance_slopes(gradient, x.index_select(0, rows) - x.index_select(0, columns), distance, p)
     return torch.zeros_like(x).index_add(0, rows, slopes).index_add(0, columns, -slopes)
 

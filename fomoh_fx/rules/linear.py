@@ -171,8 +171,7 @@ def _nansum(part: Tensor, y: Tensor, x: Tensor, dim: Any, keepdim: bool, dtype: 
 MOVES = [
     aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim,
     aten.squeeze.dims, aten.slice.Tensor, aten.select.int, aten.diagonal.default, aten.unfold.default,
-    aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_split.Tensor, aten.unbind.int,
-    aten.flip.default, aten.roll.default, aten.rot90.default, aten.tril.default, aten.triu.default,
+    aten.unbind.int, aten.flip.default, aten.roll.default, aten.rot90.default, aten.tril.default, aten.triu.default,
     aten.diag_embed.default, aten.trace.default,
 ]  # fmt: skip
 
@@ -199,9 +198,9 @@ for op in COPIES:
     register(op, mapped(_cast))
 register(aten.expand.default, mapped(lambda part, y, x, *_: align(part, x, y.ndim).expand(-1, *y.shape)))
 register(aten.repeat.default, mapped(lambda part, y, x, sizes: align(part, x, len(sizes)).repeat(1, *sizes)))
-register(
-    aten.unsafe_split_with_sizes.default,
-    mapped(lambda part, y, x, sizes, dim: aten.split_with_sizes.default(part, sizes, axis(dim, x))),
-)
+for op in (aten.split.Tensor, aten.unsafe_split.Tensor):  # vmap fixes a dynamic size
+    register(op, mapped(lambda part, y, x, size, dim: aten.split.Tensor(part, size, axis(dim, x))))
+for op in (aten.split_with_sizes.default, aten.unsafe_split_with_sizes.default):
+    register(op, mapped(lambda part, y, x, sizes, dim: aten.split_with_sizes.default(part, sizes, axis(dim, x))))
 register(aten.as_strided.default, mapped(_as_strided))
 register(aten.nansum.default, mapped(_nansum))

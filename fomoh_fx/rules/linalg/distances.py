@@ -20,8 +20,17 @@ def _cdist(x: Tensor, w: Tensor, p: float, compute_mode: int | None) -> Tensor:
     return _p_distance(x.unsqueeze(-2) - w.unsqueeze(-3), p)
 
 
+def pairs_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows i and j of x, i < j, in order; of a dynamic number of rows, too."""
+    n = x.shape[0]
+    each, pairs = (torch.arange(count, device=x.device) for count in (n, n * (n - 1) // 2))
+    before = each * (2 * n - each - 1) // 2  # how many pairs have a smaller i
+    i = torch.searchsorted(before, pairs, right=True) - 1
+    return i, pairs - before.index_select(0, i) + i + 1
+
+
 def _pdist(x: Tensor, p: float = 2.0) -> Tensor:
-    rows, columns = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device)
+    rows, columns = pairs_of(x)
     return _p_distance(x.index_select(0, rows) - x.index_select(0, columns), p)
 
 
