@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -459,7 +460,17 @@ def _refuse_fixed(program: Program, dims: list[dict[int, Any]]) -> None:
             if fixed is not None and must_vary(kind):
                 raise SpecialisationError(
                     f"dynamic_shapes: dimension {dim} of {what.name} is fixed to {fixed} by the model or a rule"
+                    f"{_fixed_at(size)}. Leave it static, or let it be fixed where that has to be (Dim.AUTO)"
                 )
+
+
+def _fixed_at(size: Any) -> str:
+    """The line that has compared a size with the number that it is now taken for, where PyTorch knows."""
+    if isinstance(size, int):
+        return ""
+    about = [g for g in size.node.shape_env.guards if g.expr.is_Equality and size.node._expr in g.expr.free_symbols]
+    frame = about[0].sloc.framework_loc if about else None
+    return "" if frame is None else f" (at {Path(frame.filename).name}:{frame.lineno}, {frame.line})"
 
 
 _UNTRACED = (

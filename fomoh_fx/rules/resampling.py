@@ -68,7 +68,7 @@ register(aten.constant_pad_nd.default, mapped(lambda part, y, x, pad, value: ate
 def _coordinate(c: Tensor, size: int, padding: int, align_corners: bool) -> Tensor:
     """A coordinate from [-1, 1] in pixels, brought inside by the padding mode (0 zeros, 1 border, 2 reflection)."""
     c = (c + 1) * ((size - 1) / 2) if align_corners else (c + 1) * (size / 2) - 0.5
-    low, span = (0.0, size - 1.0) if align_corners else (-0.5, float(size))
+    low, span = (0.0, size - 1.0) if align_corners else (-0.5, size * 1.0)
     if padding == 2 and span > 0:
         distance = (c - low).abs()
         rest = aten.fmod.Scalar(distance, span)
