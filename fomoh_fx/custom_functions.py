@@ -11,17 +11,19 @@ import inspect
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.autograd.function import Function
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fomoh_fx.errors import UnsupportedOpError
@@ -137,6 +139,7 @@ class FunctionCall:
         arguments, results: its arguments and its results without their tensors; the results are known once it has run.
         given: the parameters and buffers that the model gave it as arguments, by their places; None for what it
             computed. A module among the other arguments may have them, too.
+        device: the default device when it was called.
         draws: whether its forward draws random numbers.
         nested: the name of another Function that its backward calls, known once that has been traced.
     """
@@ -146,6 +149,7 @@ class FunctionCall:
     ) -> None:
         refuse_sizes(function.__name__, arguments.leaves)
         self.function, self.arguments, self.given = function, arguments, given
+        self.device = torch.get_default_device()
         self._stand_ins: dict[int, Tensor] = {}
         self.results: Template | None = None
         self.draws = False
@@ -161,7 +165,9 @@ class FunctionCall:
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The values of the tensors among the results."""
-        with torch.no_grad(), _users_code(self._standing_in(tensors)):
+        is_traced = detect_fake_mode(list(tensors)) is not None
+        code = _users_code(self._standing_in(tensors)) if is_traced else nullcontext()
+        with torch.no_grad(), code, self._on_its_device():
             arguments = self.arguments.fill(tensors)
             with _Watch(Template.of(arguments)[1]) as watch:
                 results = apply_function(self.function, *arguments)
@@ -173,6 +179,10 @@ class FunctionCall:
             )
         self.results, found = Template.of(results)
         return [t.clone() for t in found]
+
+    def _on_its_device(self) -> AbstractContextManager[Any]:
+        """Its code makes tensors on the default device, of which an operator's call knows nothing."""
+        return nullcontext() if self.device.type == "cpu" else DeviceContext(self.device)
 
     def _standing_in(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
         """What stands for the model's own tensors, by their identity."""
@@ -192,7 +202,7 @@ class FunctionCall:
             return self.results_of(self.arguments.tensors_of(args))
 
         def forward(ctx: Any, *args: Any) -> Any:
-            with _users_code(self._stand_ins):
+            with _users_code(self._stand_ins), self._on_its_device():
                 inside, outside = function.forward(ctx, *args), value(args)
                 inputs = {id(t) for t in Template.of(args)[1]}
                 pairs = zip(Template.of(inside)[1], Template.of(outside)[1], strict=True)
@@ -205,7 +215,12 @@ class FunctionCall:
 
         chosen = staticmethod(forward_alone if has_setup_context(function) else forward)
         made = type(function.__name__, (function,), {"forward": chosen})
-        return with_stops(made, self._nested_call, lambda: self._stand_ins)
+        return with_stops(made, self._nested_call, self._for_backward)
+
+    @contextmanager
+    def _for_backward(self) -> Iterator[None]:
+        with _StandIns(self._stand_ins), self._on_its_device():
+            yield
 
     infer = run
 
@@ -236,16 +251,18 @@ class FunctionCall:
 
 
 def with_stops(
-    function: type[Function], nested: Callable[..., Any], stand_ins: Callable[[], dict[int, Tensor]] = dict
+    function: type[Function],
+    nested: Callable[..., Any],
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> type[Function]:
     """The Function with what its backward stops recorded.
 
-    ``nested(function, *args)`` serves Functions called there, ``stand_ins()`` is for :class:`_StandIns`.
+    ``nested(function, *args)`` serves Functions called there, ``around()`` is entered for it.
     """
     pull = "backward" if function.vjp is Function.vjp else "vjp"
 
     def backward(ctx: Any, *gradients: Any) -> Any:
-        with _Stops(), _StandIns(stand_ins()), functions_called(nested):
+        with _Stops(), around(), functions_called(nested):
             return getattr(function, pull)(ctx, *gradients)
 
     return type(function.__name__, (function,), {pull: staticmethod(backward)})
@@ -321,7 +338,7 @@ def _under_autograd(inputs: list[Tensor], call: int) -> list[Tensor]:
 
 @contextmanager
 def _users_code(stand_ins: dict[int, Tensor]) -> Iterator[None]:
-    """While a forward runs, what it writes out and computes alike is known, and no other mode notices its calls."""
+    """While a forward is traced, what it writes out and computes alike is known; no other mode notices its calls."""
     with ExitStack() as stack:
         for _ in _get_current_function_mode_stack():
             stack.enter_context(_pop_mode_temporarily())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -412,6 +412,27 @@ def test_function_that_changes_its_argument(function: Any) -> None:
         return y * x
 
     assert f"Function {function.__name__} changes its arguments in place" in refusal(model)
+
+
+class OnTheDefaultDevice(Function):
+    devices: ClassVar[list[str]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        OnTheDefaultDevice.devices.append(torch.empty(0).device.type)
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+def test_function_under_a_default_device() -> None:
+    hd = fomoh_fx.transform(OnTheDefaultDevice.apply, wrt="inputs")
+    with torch.device("meta"):
+        out = hd(X, tangents=[V])
+    assert torch.equal(out.tangent, 2 * V)
+    assert {*OnTheDefaultDevice.devices} == {"meta"}
 
 
 class Recomputed(Function):
