@@ -18,7 +18,7 @@ from fomoh_fx.capture.reading import Reading
 from fomoh_fx.capture.threads import CAPTURING
 from fomoh_fx.errors import ArgumentError
 from fomoh_fx.passes import provenance
-from fomoh_fx.passes.activity import analyse
+from fomoh_fx.passes.activity import analyse, ancestors
 from fomoh_fx.passes.cse import merge_common_subexpressions
 from fomoh_fx.passes.eliminate import eliminate
 from fomoh_fx.passes.factors import apart
@@ -217,7 +217,8 @@ class ActivityGradient:
             )
         if any(values[n].numel() == 0 for n in losses):  # no sample tells anything
             return Plan(None, [], losses, loss, [])
-        points = find_points(module.graph, parameters, data, loss)
+        before = ancestors(module.graph, losses)  # a penalty beside them is no sample's
+        points = [p for p in find_points(module.graph, parameters, data, loss) if p.node in before]
         reached = list(dict.fromkeys(n for p in points for n in p.parameters))
         names = {n: what.name for n, what in zip(inputs, program.inputs, strict=True)}
         if missing := [names[n] for n in parameters if n not in reached]:
@@ -233,7 +234,7 @@ class ActivityGradient:
         self, module: fx.GraphModule, values: Values, losses: Sequence[fx.Node], outputs: Sequence[fx.Node],
         points: Sequence[Point],
     ) -> Perturbed | None:  # fmt: skip
-        if len(outputs) != 1 or not values[outputs[0]].is_floating_point():
+        if len(outputs) != 1 or not values[outputs[0]].is_floating_point() or values[outputs[0]].ndim == 0:
             return None
         (node,) = outputs
         grouping = _grouping(module, values, losses, node)

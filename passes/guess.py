@@ -75,7 +75,12 @@ class Grouping:
 
 
 def groupings(shape: Sequence[int]) -> list[Grouping]:
-    """The groupings that are tried, the finest first: leading axes together, then each other axis alone."""
+    """The groupings that are tried, the finest first: leading axes together, then each other axis alone.
+
+    A number is one row for all samples.
+    """
+    if not shape:
+        return [Grouping((), 1)]
     leading = [tuple(range(j)) for j in range(max(len(shape) - 1, 1), 0, -1)]
     tried = [*leading, *[(a,) for a in range(1, len(shape))]]
     return [Grouping(axes, _product(shape[a] for a in axes)) for axes in dict.fromkeys(tried)]

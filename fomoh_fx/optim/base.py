@@ -32,6 +32,7 @@ from fomoh_fx.optim.samplers import Proposed, Stacks
 from fomoh_fx.optim.skipped import SkippedSteps
 from fomoh_fx.optim.snapshot import State
 from fomoh_fx.optim.update import settle, update
+from fomoh_fx.passes.retrace import without_autocast
 from fomoh_fx.transform import Curvature, HyperDualModule
 
 #: The least factor by which steps become shorter; from 0 there would be no way back.
@@ -226,7 +227,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
     def _coefficients(self, value: HyperDual) -> Tensor:
         """kappa, as short as it has to be after steps that were taken back."""
-        kappa = self.coefficients(value)
+        with without_autocast():
+            kappa = self.coefficients(value)
         if self.largest_rise is None:
             return kappa
         return kappa * self._length  # of no dimensions, so it may lie on the CPU: nothing waits

@@ -17,6 +17,7 @@ from fomoh_fx.low_rank import dense
 from fomoh_fx.optim.checks import is_bool
 from fomoh_fx.optim.samplers import SAMPLERS, Proposed, Sampler, Stacks, dimension_of, scaled, unit_scale
 from fomoh_fx.optim.streams import Streams
+from fomoh_fx.passes.retrace import without_autocast
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,9 @@ class RandomDirections(Directions):
     def propose(self, parameters: Mapping[str, Tensor], batch: Batch) -> Proposed:
         del batch
         count = dimension_of(parameters) if self.count is None else self.count
-        drawn = self.sampler(parameters, count, self.streams)
-        return self._with_previous({name: dense(v) for name, v in drawn.items()}) if self.previous_step else drawn
+        with without_autocast():
+            drawn = self.sampler(parameters, count, self.streams)
+            return self._with_previous({name: dense(v) for name, v in drawn.items()}) if self.previous_step else drawn
 
     def _with_previous(self, drawn: Stacks) -> Stacks:
         """The step before in place of the last direction, which is remembered where there is none."""

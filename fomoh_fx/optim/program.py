@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fomoh_fx import lower
+from fomoh_fx.passes.retrace import without_autocast
 
 #: A product of a row and a stack of directions is a sum that fuses with what follows it, where a program is lowered.
 _FUSIBLE = {torch.ops.aten.mm.default: lambda a, b: (a.unsqueeze(-1) * b).sum(-2)}
@@ -40,11 +41,15 @@ class Program:
         self._programs: dict[Any, Callable[[Sequence[Tensor]], Any]] = {}
 
     def __call__(self, memories: Sequence[Remembering], *arguments: Any) -> Any:
-        """The function of the arguments.
+        """The function of the arguments; a caller's autocast is for the model and not for this.
 
         Args:
             memories: what it reads and assigns beside them; their settings are constants of a program.
         """
+        with without_autocast():
+            return self._run(memories, *arguments)
+
+    def _run(self, memories: Sequence[Remembering], *arguments: Any) -> Any:
         if self.lowering is lower.eager:
             return self.eager(memories, *arguments)
         leaves, spec = pytree.tree_flatten((_remembered(memories, _device_of(arguments)), arguments))
@@ -62,7 +67,8 @@ class Program:
 
     def eager(self, memories: Sequence[Remembering], *arguments: Any) -> Any:
         """The function as it is written."""
-        return self.function(*arguments)
+        with without_autocast():
+            return self.function(*arguments)
 
     def _traced(
         self, memories: Sequence[Remembering], leaves: Sequence[Any], spec: pytree.TreeSpec

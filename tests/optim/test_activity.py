@@ -451,3 +451,40 @@ def test_parameters_that_the_loss_does_not_see_stay():
     assert not model.unused.any()
     FoMoHKD(hd).step(x, targets=(y,))
     assert model.unused.any()
+
+
+class Tempered(nn.Module):
+    """Numbers that act on all samples at once, and one that acts on none."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.one, self.other = nn.Linear(4, 3), *(nn.Parameter(torch.tensor(n)) for n in (0.5, 0.3))
+        self.how = how
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y / (self.one * self.other).exp() if self.how == "a factor" else y + self.one * self.other
+
+
+@pytest.mark.parametrize("how", ["a factor", "a term"])
+@pytest.mark.filterwarnings("ignore:no gradient is guessed")
+def test_parameters_of_one_number(how):
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4), torch.randint(0, 3, (30,))
+    opt = FoMoHKD(fomoh_fx.transform(Tempered(how), cross_entropy), sampler="activity", seed=0)
+    first, *_, last = [float(opt.step(x, targets=(y,))) for _ in range(8)]
+    assert last < 0.9 * first
+
+
+@pytest.mark.filterwarnings("ignore:no gradient is guessed")
+@pytest.mark.parametrize("penalty", [False, True])
+def test_a_model_that_computes_its_own_loss_is_refused(penalty):
+    """The Gauss-Newton plane needs to know where the model ends."""
+
+    class WithLoss(Tempered):
+        def forward(self, x):
+            return super().forward(x).square().mean() + (self.one * self.one if penalty else 0)
+
+    opt = FoMoHKD(fomoh_fx.transform(WithLoss("a term"), lambda loss: loss), sampler="activity", seed=0)
+    with pytest.raises(ArgumentError, match="^curvature: .*let the model return logits"):
+        opt.step(torch.randn(8, 4), targets=())

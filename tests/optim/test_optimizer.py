@@ -671,3 +671,25 @@ def test_directions_of_ones_own_see_what_a_step_did(options, lowered):
     for name, p in hd.module.named_parameters():
         torch.testing.assert_close(p.detach(), kept * before[name] + opt.directions.seen[name])
         assert opt.directions.seen[name].any()
+
+
+@pytest.mark.parametrize("solver", [None, lambda g, h: -torch.linalg.solve(h + torch.eye(3).to(h) @ h, g)])
+@pytest.mark.parametrize("sampler", ["normal", "low_rank", "orthogonal"])
+def test_autocast_is_for_the_model_alone(sampler, solver):
+    """The same change as of a step without it that has these slopes and curvatures."""
+    hd, x, targets = classifier(dtype=torch.float32)
+    opt = FoMoHKD(hd, lr=0.1, sampler=sampler, solver=solver, seed=0, largest_rise=None, diagnostics=True)
+    proposed, propose = {}, opt.directions.propose
+
+    def noted(parameters, batch):
+        proposed.update(propose(parameters, batch))
+        return proposed
+
+    opt.directions.propose = noted
+    before = {name: p.detach().clone() for name, p in hd.module.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        opt.step(x, targets=targets)
+    part = opt.last_step.part
+    for name, p in hd.module.named_parameters():
+        change = torch.tensordot(part, fomoh_fx.low_rank.dense(proposed[name]).double(), 1)
+        torch.testing.assert_close((p - before[name]).double(), change, rtol=1e-5, atol=1e-7)
