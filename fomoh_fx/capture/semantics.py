@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fomoh_fx.capture.aliases import Aliases, is_differentiable, is_view, stopped
+from fomoh_fx.capture.checkpoints import checkpoints_saved
 from fomoh_fx.capture.constants import KEEP_STATISTICS, argument
 from fomoh_fx.capture.constructors import class_of, index_of_elements
 from fomoh_fx.capture.control_flow import higher_order_operators
@@ -177,6 +178,7 @@ class ReverseModeSemantics(TorchFunctionMode):
     def __enter__(self) -> ReverseModeSemantics:
         self._patches.enter_context(functions_called(self._record_function))
         self._patches.enter_context(higher_order_operators())
+        self._patches.enter_context(checkpoints_saved())
         self._patches.enter_context(entrances_noticed(lambda tensor: self._used(self.own(tensor))))
         # PyTorch's own Function for x[i] under vmap, as masks of attention are made: an index, and its derivative
         self._patches.enter_context(patch.object(scalar_indexing, "mod_index", scalar_indexing.ModIndex.forward))

@@ -1,5 +1,7 @@
 """What tracing loses and capture keeps: custom Functions, detach, no_grad, tensors held by a closure."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -139,6 +141,33 @@ def test_checkpoint_changes_memory_not_derivatives(x):
 
     for reentrant in (True, False):
         assert_like_reverse_mode(lambda x, r=reentrant: f(x, r), x, reference=lambda x: (x.sin() * x).sum(1))
+
+
+def selected():
+    return torch.utils.checkpoint.create_selective_checkpoint_contexts([torch.ops.aten.tanh.default])
+
+
+def scaled():
+    """Contexts of a user's that change nothing."""
+    return contextlib.nullcontext(), contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("options", [{}, {"context_fn": selected}, {"context_fn": scaled}], ids=["all", "some", "own"])
+def test_derivatives_inside_a_model_of_a_checkpoint(x, options):
+    """Backward runs the function again, on values that are detached."""
+
+    def residual(x, run):
+        with torch.enable_grad():
+            x = x.clone() if x.requires_grad else x.detach().requires_grad_()
+            u = run(lambda x: (x.sin() * x).tanh(), x).square().sum()
+            return torch.autograd.grad(u, x, create_graph=True)[0].square().sum(1)
+
+    def checkpointed(function, x):
+        return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False, **options)
+
+    assert_like_reverse_mode(
+        lambda x: residual(x, checkpointed), x, reference=lambda x: residual(x, lambda function, x: function(x))
+    )
 
 
 @pytest.mark.parametrize(
