@@ -11,7 +11,7 @@ import inspect
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,16 +21,15 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.autograd.function import Function
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.literals import FUNCTIONS as NAMESPACE
-from fomoh_fx.literals import KnownFactories, among_values, known, known_literals, literal
+from fomoh_fx.literals import known_literals
 from fomoh_fx.sizes import SYMBOLIC
-from fomoh_fx.value_numbers import ValueNumbers
+from fomoh_fx.templates import Template, with_known
+from fomoh_fx.users_code import StandIns, Stops, Watch, traced_code
 
 library = torch.library.Library(NAMESPACE, "DEF")
 namespace = getattr(torch.ops, NAMESPACE)
@@ -69,68 +68,6 @@ def refuse_sizes(name: str, arguments: Any) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class WrittenOut:
-    """A tensor whose value is known when a call is recorded, so that the Function may branch on it."""
-
-    value: Tensor
-
-
-@dataclass(frozen=True)
-class Template:
-    """A pytree with its tensors taken out."""
-
-    leaves: tuple[Any, ...]  # None where a tensor stands
-    is_tensor: tuple[bool, ...]
-    spec: pytree.TreeSpec
-
-    @staticmethod
-    def of(tree: Any) -> tuple[Template, list[Tensor]]:
-        """The template, and the tensors."""
-        leaves, spec = pytree.tree_flatten(tree)
-        is_tensor = tuple(isinstance(leaf, Tensor) for leaf in leaves)
-        others = tuple(None if t else leaf for t, leaf in zip(is_tensor, leaves, strict=True))
-        return Template(others, is_tensor, spec), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-    def tensors_of(self, tree: Any) -> list[Tensor]:
-        """The tensors of another pytree of the same structure, in whose places the template has none."""
-        leaves = pytree.tree_leaves(tree)
-        return [leaf for leaf, is_tensor in zip(leaves, self.is_tensor, strict=True) if is_tensor]
-
-    def has_leaves_of(self, other: Template) -> bool:
-        """Whether both have the same structure around the same objects."""
-        same = len(self.leaves) == len(other.leaves) and self.spec == other.spec and self.is_tensor == other.is_tensor
-        return same and all(map(_is_same, self.leaves, other.leaves))
-
-    def fill(self, tensors: Sequence[Any]) -> Any:
-        """The pytree with other values in place of the tensors."""
-        mine = iter(tensors)
-        filled = [next(mine) if t else _written_out(leaf) for t, leaf in zip(self.is_tensor, self.leaves, strict=True)]
-        return pytree.tree_unflatten(filled, self.spec)
-
-
-def with_known(tree: Any) -> Any:
-    """The arguments of a Function with :class:`WrittenOut` in place of tensors whose values are known."""
-
-    def replaced(x: Tensor) -> Any:
-        value = None if x.requires_grad else known(x)
-        with among_values():
-            return x if value is None else WrittenOut(value.clone())
-
-    return pytree.tree_map_only(Tensor, replaced, tree)
-
-
-def _written_out(leaf: Any) -> Any:
-    return literal(leaf.value) if isinstance(leaf, WrittenOut) else leaf
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    if not (isinstance(a, WrittenOut) and isinstance(b, WrittenOut)):
-        return a is b
-    with among_values():
-        return a.value.dtype == b.value.dtype and torch.equal(a.value, b.value)
-
-
 class FunctionCall:
     """One call of a custom Function.
 
@@ -166,10 +103,10 @@ class FunctionCall:
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The values of the tensors among the results."""
         is_traced = detect_fake_mode(list(tensors)) is not None
-        code = _users_code(self._standing_in(tensors)) if is_traced else nullcontext()
+        code = traced_code(self._standing_in(tensors)) if is_traced else nullcontext()
         with torch.no_grad(), code, self._on_its_device():
             arguments = self.arguments.fill(tensors)
-            with _Watch(Template.of(arguments)[1]) as watch:
+            with Watch(Template.of(arguments)[1]) as watch:
                 results = apply_function(self.function, *arguments)
         self.draws |= watch.draws
         if watch.changes:
@@ -202,7 +139,7 @@ class FunctionCall:
             return self.results_of(self.arguments.tensors_of(args))
 
         def forward(ctx: Any, *args: Any) -> Any:
-            with _users_code(self._stand_ins), self._on_its_device():
+            with traced_code(self._stand_ins), self._on_its_device():
                 inside, outside = function.forward(ctx, *args), value(args)
                 inputs = {id(t) for t in Template.of(args)[1]}
                 pairs = zip(Template.of(inside)[1], Template.of(outside)[1], strict=True)
@@ -219,7 +156,7 @@ class FunctionCall:
 
     @contextmanager
     def _for_backward(self) -> Iterator[None]:
-        with _StandIns(self._stand_ins), self._on_its_device():
+        with StandIns(self._stand_ins), self._on_its_device():
             yield
 
     infer = run
@@ -262,7 +199,7 @@ def with_stops(
     pull = "backward" if function.vjp is Function.vjp else "vjp"
 
     def backward(ctx: Any, *gradients: Any) -> Any:
-        with _Stops(), around(), functions_called(nested):
+        with Stops(), around(), functions_called(nested):
             return getattr(function, pull)(ctx, *gradients)
 
     return type(function.__name__, (function,), {pull: staticmethod(backward)})
@@ -334,78 +271,6 @@ def _under_autograd(inputs: list[Tensor], call: int) -> list[Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             return record.operator.overload(inputs, call)
     return record.connect(inputs)
-
-
-@contextmanager
-def _users_code(stand_ins: dict[int, Tensor]) -> Iterator[None]:
-    """While a forward is traced, what it writes out and computes alike is known; no other mode notices its calls."""
-    with ExitStack() as stack:
-        for _ in _get_current_function_mode_stack():
-            stack.enter_context(_pop_mode_temporarily())
-        stack.enter_context(torch._C._EnableTorchFunction())
-        for mode in (known_literals(), KnownFactories(), ValueNumbers(), _StandIns(stand_ins)):
-            stack.enter_context(mode)
-        yield
-
-
-class _StandIns(TorchFunctionMode):
-    """Gives functions what stands for a tensor of the model, by identity: a module that a Function is given has it."""
-
-    def __init__(self, by: dict[int, Tensor]) -> None:
-        super().__init__()
-        self.by = by
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if self.by:
-            args, kwargs = pytree.tree_map_only(Tensor, lambda x: self.by.get(id(x), x), (args, kwargs))
-        return func(*args, **(kwargs or {}))
-
-
-class _Watch(TorchDispatchMode):
-    """Notes whether random numbers are drawn, and whether the memory of one of the tensors is written to."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.tensors, self.draws, self.changes = tensors, False, False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if isinstance(func, OpOverload):
-            named = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
-            is_off = named.get("train") is False or named.get("training") is False  # dropout in evaluation
-            self.draws |= torch.Tag.nondeterministic_seeded in func.tags and not is_off
-            written = [named.get(a.name) for a in func._schema.arguments if a.is_write]
-            changed = [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Tensor)]
-            self.changes |= any(_share_memory(a, b) for a in changed for b in self.tensors)
-        return func(*args, **kwargs)
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    return a is b or a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
-class _Stops(TorchFunctionMode):
-    """Records what a backward stops by ``detach`` or ``no_grad``: its derivative does not go on, as in reverse mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.differentiable = torch.is_grad_enabled()
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        stops = func in _STOPS or func == torch.Tensor.data.__get__  # type: ignore[attr-defined]
-        if self.differentiable and (stops or (not torch.is_grad_enabled() and func not in _GRAD_MODE)):
-            return pytree.tree_map_only(Tensor, _stopped, out)
-        return out
-
-
-_STOPS = {torch.Tensor.detach, torch.detach}
-_GRAD_MODE = {torch._C._set_grad_enabled}
-
-
-def _stopped(x: Tensor) -> Tensor:
-    is_stopped = x.is_floating_point() or x.is_complex()
-    return torch.ops.fomoh_fx.stop_gradient.default(x) if is_stopped else x
 
 
 def has_setup_context(function: type[Function]) -> bool:

@@ -20,9 +20,10 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 )
 from torch._ops import OpOverload
 
-from fomoh_fx.custom_functions import CALLS, Argument, Template, operator_of, refuse_sizes
+from fomoh_fx.custom_functions import CALLS, Argument, operator_of, refuse_sizes
 from fomoh_fx.errors import UnsupportedOpError
 from fomoh_fx.functional_forms import without_backward
+from fomoh_fx.templates import Template
 
 LAUNCH = triton_kernel_wrapper_mutation
 

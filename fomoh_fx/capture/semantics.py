@@ -35,17 +35,11 @@ from fomoh_fx.capture.constructors import class_of, index_of_elements
 from fomoh_fx.capture.control_flow import higher_order_operators
 from fomoh_fx.capture.entrances import entrances_noticed
 from fomoh_fx.capture.untraceable import dropout, traceable
-from fomoh_fx.custom_functions import (
-    FunctionCall,
-    Template,
-    apply_of_library,
-    functions_called,
-    of_library,
-    with_known,
-)
+from fomoh_fx.custom_functions import FunctionCall, apply_of_library, functions_called, of_library
 from fomoh_fx.errors import CaptureError, FomohError, UnsupportedOpError
 from fomoh_fx.functional_forms import apart, changed_arguments, changes_arguments, functional_form, named
 from fomoh_fx.passes.data_sizes import DECIDED_BY_DATA
+from fomoh_fx.templates import Template, with_known
 from fomoh_fx.triton_kernels import LAUNCH, launch
 
 ops = torch.ops.fomoh_fx
