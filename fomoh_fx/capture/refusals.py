@@ -26,7 +26,8 @@ def refuse_fake(program: Program) -> None:
         if isinstance(constant, FakeTensor):
             raise CaptureError(
                 f"model: uses a tensor of shape {tuple(constant.shape)} that cannot be traced to an argument, a "
-                "parameter or a buffer; pass it as an argument, or keep it in a buffer"
+                "parameter or a buffer; pass it as an argument (also to a transformed function inside the model, in "
+                "place of a closure), or keep it in a buffer"
             )
 
 
