@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class FunctionCall:
         refuse_sizes(function.__name__, arguments.leaves)
         self.function, self.arguments, self.given = function, arguments, given
         self.device = torch.get_default_device()
-        self._stand_ins: dict[int, Tensor] = {}
+        self._stand_ins: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self.results: Template | None = None
         self.draws = False
         self.nested = ""
@@ -164,7 +165,7 @@ class FunctionCall:
     def connect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The same, connected to the Function's backward."""
         self.check_derivable()
-        self._stand_ins = self._standing_in(tensors)
+        self._stand_ins = WeakValueDictionary(self._standing_in(tensors))
         with known_literals():
             return Template.of(apply_function(self.recorded, *self.arguments.fill(tensors)))[1]
 

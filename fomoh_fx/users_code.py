@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from fomoh_fx.value_numbers import ValueNumbers
 
 
 @contextmanager
-def traced_code(stand_ins: dict[int, Tensor]) -> Iterator[None]:
+def traced_code(stand_ins: Mapping[int, Tensor]) -> Iterator[None]:
     """While a forward is traced, what it writes out and computes alike is known; no other mode notices its calls."""
     with ExitStack() as stack:
         for _ in _get_current_function_mode_stack():
@@ -32,7 +32,7 @@ def traced_code(stand_ins: dict[int, Tensor]) -> Iterator[None]:
 class StandIns(TorchFunctionMode):
     """Gives functions what stands for a tensor of the model, by identity: a module that a Function is given has it."""
 
-    def __init__(self, by: dict[int, Tensor]) -> None:
+    def __init__(self, by: Mapping[int, Tensor]) -> None:
         super().__init__()
         self.by = by
 

@@ -16,7 +16,7 @@ from fomoh_fx.capture.constants import argument, candidates, fewer, is_flag
 from fomoh_fx.capture.counters import refuse_counted
 from fomoh_fx.capture.draws import refuse_drawn
 from fomoh_fx.capture.frontends import DecidedByData, first_that_works
-from fomoh_fx.capture.leaks import clear_caches, refuse_kept
+from fomoh_fx.capture.leaks import refuse_kept
 from fomoh_fx.capture.program import Program
 from fomoh_fx.capture.refusals import refuse_fake, refuse_without_data
 from fomoh_fx.capture.root import Root
@@ -65,6 +65,7 @@ def _capture(
     foreign: list[Tensor] = []
     outside: list[nn.Module] = []
     made: list[weakref.ref[Tensor]] = []
+    is_last = False
     for _ in range(5):
         root = Root(model, loss, call, foreign, outside)
         outcome: Program | FomohError = first_that_works(root, argument_names, dynamic_shapes)
@@ -79,12 +80,17 @@ def _capture(
             if isinstance(outcome, FomohError):
                 raise _anew(outcome)
             refuse_kept(made, outcome.structure.others)
-            refuse_fake(outcome)
+            try:
+                refuse_fake(outcome)
+            except CaptureError:
+                if is_last:
+                    raise
+                is_last = True  # without what an attempt before has left in the cache of a function
+                continue
             refuse_without_data(outcome)
             return outcome
         foreign += tensors  # capture again with what a closure holds as inputs: its values may change
         outside += modules
-        clear_caches(made)
     if isinstance(outcome, FomohError):  # whose traceback keeps what the model makes at every call
         raise _anew(outcome)
     raise CaptureError(
@@ -120,8 +126,6 @@ def _with_constants(
     ) -> tuple[Root, Program | CaptureError]:
         again = Root(root.model, root.loss, root.call, root.foreign, list(root.outside), constants, flags)
         outcome = first_that_works(again, names, dynamic_shapes)
-        if again.observed.semantics is not None:
-            clear_caches(again.observed.semantics.made)
         if again.observed.constants is not None and (changed := again.observed.constants.changed):
             set_here = {name for name in changed - flags if is_flag(name, constants[name])}
             left = {name: value for name, value in constants.items() if name in set_here or name not in changed}

@@ -17,7 +17,6 @@ from fomoh_fx.capture.dimensions import refusals
 from fomoh_fx.capture.inputs import constant_of, name_inputs, share_tied, ties
 from fomoh_fx.capture.known import fold_known
 from fomoh_fx.capture.layouts import note_layouts
-from fomoh_fx.capture.leaks import clear_caches
 from fomoh_fx.capture.overlaps import refuse_overlaps
 from fomoh_fx.capture.program import Program
 from fomoh_fx.capture.reasons import Reason, each_once, without_locals
@@ -75,8 +74,6 @@ def _by_some_frontend(root: Root, names: Sequence[str], dynamic_shapes: Any) -> 
         except Exception as error:
             refused.append(Reason.of(name, error))
             cause = without_locals(error)
-            if root.observed.semantics is not None:
-                clear_caches(root.observed.semantics.made)
             decided_by_data |= isinstance(error, DECIDED_BY_DATA)
             if dynamic_shapes is not None:  # only torch.export captures them
                 reasons = refusals(error, names) or [refused[-1].text]

@@ -52,17 +52,6 @@ def refuse_kept(made: Iterable[weakref.ref[Tensor]], returned: Sequence[Any]) ->
         raise kept_elsewhere(where)
 
 
-def clear_caches(made: Iterable[weakref.ref[Tensor]]) -> None:
-    """Let functions with a cache (``functools.lru_cache``) compute anew what a run has left there.
-
-    Args:
-        made: the tensors of the run.
-    """
-    if alive := _alive(made, set()):
-        for cache in _search(alive, set())[0]:
-            cache.cache_clear()
-
-
 def has_tensors_behind(value: Any) -> bool:
     """Whether a tensor of a run can be reached from an object, by whatever it has."""
     seen: set[int] = set()

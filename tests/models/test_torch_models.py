@@ -12,7 +12,7 @@ CASES = PROBLEMS
 #: Compiling takes half a minute for a model, so one of each kind; ``--every`` compiles all.
 COMPILED = [
     "mlp", "paper_cnn", "batch_norm_train", "unet", "dropout", "transformer_encoder_dropout",
-    "transformer_encoder_eval", "transformer", "lstm", "gru", "tied_language_model", "graph_network",
+    "transformer_encoder_eval", "transformer", "lstm", "tied_language_model", "graph_network",
     "fourier_operator", "gru_language_model", "experts_by_rows", "set_prediction", "variational_autoencoder",
     "normalising_flow", "burgers_residual_by_autograd", "equilibrium_by_while_loop",
 ]  # fmt: skip
