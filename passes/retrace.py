@@ -27,6 +27,8 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fomoh_fx.sizes import SYMBOLIC
+
 #: Batching rules ask for sizes by an operator; recorded, it would return a list, which is no value of a graph.
 _SIZES = {torch.ops.aten.size.default: lambda x: list(x.shape)}
 
@@ -87,7 +89,7 @@ def in_body(function: Callable[..., Any]) -> Callable[..., Any]:
 def _proxy(leaf: Any, tracer: Any) -> Any:
     if isinstance(leaf, Tensor):
         return get_proxy_slot(leaf, tracer, leaf, lambda slot: slot.proxy)
-    if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if isinstance(leaf, SYMBOLIC):
         return get_proxy_slot(leaf, tracer).force()
     return leaf
 

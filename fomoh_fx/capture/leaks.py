@@ -14,17 +14,17 @@ from collections.abc import Iterable, Sequence
 from types import CellType, FunctionType, ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fomoh_fx.capture.assignment import kept_elsewhere
 from fomoh_fx.capture.semantics import is_real
 from fomoh_fx.containers import children, is_a_users, is_record, slots_of
+from fomoh_fx.sizes import SYMBOLIC
 
 _Cache = type(functools.lru_cache(len))
 _Link: Any = getattr(functools, "_lru_list_elem", _Cache)
 _INNER = {dict, list, tuple, deque, set, CellType, _Link}
-_UNSEARCHED = (type, ModuleType, nn.Module, torch.SymInt, torch.SymFloat, torch.SymBool)
+_UNSEARCHED = (type, ModuleType, nn.Module, *SYMBOLIC)
 _MOST = 10_000  # objects that are searched
 
 
